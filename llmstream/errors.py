@@ -1,0 +1,145 @@
+"""Everything that can go wrong, as one tree.
+
+    LLMStreamError
+    ├── ConfigError               the configuration is wrong; nothing was started
+    ├── BadRequest            400
+    │   ├── ContextLengthExceeded 400
+    │   └── BodyTooLarge      413
+    ├── NotFound              404  no such job, session, route …
+    │   └── ModelNotFound     404
+    ├── Conflict              409
+    ├── Overloaded            429  the queue is full; retry after a while
+    ├── StoreUnavailable      503  Redis cannot be reached or refuses writes
+    │   └── StoreError             the store answered something unexpected
+    ├── ShuttingDown          503  this replica takes no new work
+    ├── ProviderError         502  the model's side failed
+    │   ├── EngineCrashed     502  the engine's process ended; retryable
+    │   ├── UpstreamRejected  4xx  the upstream refused the request for good
+    │   ├── UpstreamLimited   429  the upstream wants less; retryable
+    │   ├── UpstreamBroken    502  cut, stalled or malformed; retryable
+    │   └── DeadlineExceeded  504  the job ran out of its time
+    └── Fenced                     another attempt or a cancellation took the job over; never shown to a client
+
+Each class carries the HTTP ``status``, the OpenAI ``type`` and ``code``, and whether trying again can help.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from llmstream.types import Failure
+
+
+class LLMStreamError(Exception):
+    """Base of all errors of this package; the message says what happened and what to do."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: int | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.error_code = code or self.code
+        self.http_status = status or self.status
+        self.retry_after = retry_after
+        """Seconds after which trying again makes sense, where that is known."""
+
+    def failure(self) -> Failure:
+        """The error as it is kept in a job's log."""
+        return Failure(
+            message=self.message, type=self.type, code=self.error_code, param=self.param, status=self.http_status
+        )
+
+    def body(self) -> dict[str, Any]:
+        """The OpenAI error body."""
+        return error_body(self.failure())
+
+
+def error_body(failure: Failure) -> dict[str, Any]:
+    """Renders a failure as ``{"error": {"message", "type", "param", "code"}}``."""
+    return {
+        "error": {"message": failure.message, "type": failure.type, "param": failure.param, "code": failure.code}
+    }
+
+
+class ConfigError(LLMStreamError):
+    pass
+
+
+class BadRequest(LLMStreamError):
+    status, type = 400, "invalid_request_error"
+
+
+class ContextLengthExceeded(BadRequest):
+    code = "context_length_exceeded"
+
+
+class BodyTooLarge(BadRequest):
+    status, code = 413, "body_too_large"
+
+
+class NotFound(LLMStreamError):
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class Conflict(LLMStreamError):
+    status, type, code = 409, "invalid_request_error", "conflict"
+
+
+class Overloaded(LLMStreamError):
+    status, type, code, retryable = 429, "rate_limit_error", "queue_full", True
+
+
+class StoreUnavailable(LLMStreamError):
+    status, type, code, retryable = 503, "service_unavailable", "store_unavailable", True
+
+
+class StoreError(StoreUnavailable):
+    code = "store_error"
+
+
+class ShuttingDown(LLMStreamError):
+    status, type, code, retryable = 503, "service_unavailable", "shutting_down", True
+
+
+class ProviderError(LLMStreamError):
+    status, type, code = 502, "upstream_error", "provider_error"
+
+
+class EngineCrashed(ProviderError):
+    code, retryable = "engine_crashed", True
+
+
+class UpstreamRejected(ProviderError):
+    status, type, code = 400, "invalid_request_error", "upstream_rejected"
+
+
+class UpstreamLimited(ProviderError):
+    status, type, code, retryable = 429, "rate_limit_error", "upstream_rate_limited", True
+
+
+class UpstreamBroken(ProviderError):
+    code, retryable = "upstream_broken", True
+
+
+class DeadlineExceeded(ProviderError):
+    status, type, code = 504, "timeout_error", "deadline_exceeded"
+
+
+class Fenced(LLMStreamError):
+    code = "fenced"

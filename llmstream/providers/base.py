@@ -1,0 +1,53 @@
+"""The seam between the scheduler and whatever generates."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from llmstream.transcript import Transcript
+from llmstream.types import Delta, GenerateRequest, ModelInfo
+
+
+class Provider(Protocol):
+    """Something that generates: a remote API or a local engine."""
+
+    @property
+    def name(self) -> str:
+        """The name in the configuration."""
+
+    @property
+    def pool(self) -> str:
+        """Whose jobs these are: ``remote``, which any replica can run, or the name of a local model."""
+
+    @property
+    def slots(self) -> int:
+        """How many generations can run at once."""
+
+    @property
+    def models(self) -> Sequence[ModelInfo]:
+        """What can be asked for by name now."""
+
+    async def open(self) -> None:
+        """Gets ready to generate; called once. Raises ProviderError or ConfigError that says what to do."""
+
+    async def close(self) -> None:
+        """Stops whatever runs and gives everything back; safe to call twice and without ``open``."""
+
+    async def check(self, request: GenerateRequest) -> None:
+        """Refuses what can never run, before it is accepted: raises BadRequest, for a prompt that does not fit the
+        context ContextLengthExceeded with the number of tokens too many."""
+
+    def can_continue(self, request: GenerateRequest, so_far: Transcript) -> bool:
+        """Whether ``generate`` can go on from the last logged token of ``so_far``."""
+
+    def generate(self, request: GenerateRequest, so_far: Transcript | None) -> AsyncIterator[Sequence[Delta]]:
+        """Generates, or continues ``so_far`` (None: from the start), in batches of one or more deltas.
+
+        Yields only what is new. The last deltas carry ``finish_reason`` per choice and ``usage`` (of the whole answer,
+        what ``so_far`` holds included). Ending without a finish reason is an error of the provider, which raises
+        UpstreamBroken instead. Closing the iterator stops the model at once. Raises ProviderError.
+        """
+
+    async def health(self) -> dict[str, object]:
+        """A quick look: ``{"status": "ok" | "error", …details}``; never raises."""

@@ -1,0 +1,130 @@
+"""What a log amounts to: events folded into the answer so far. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from llmstream.types import BEGINNING, Delta, Event, EventId, Finished, Restart, Usage
+
+
+class Choice:
+    """One choice of an answer, growing."""
+
+    __slots__ = ("_fields", "_text", "continuable", "finish_reason", "logprobs", "tokens")
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._fields: list[dict[str, Any]] = []
+        self.tokens: list[int] = []
+        self.logprobs: dict[str, list[Any]] | None = None
+        self.finish_reason: str | None = None
+        self.continuable = True
+        """False once something beside text was produced: tool calls and the like are never stitched."""
+
+    def add(self, delta: Delta) -> None:
+        if delta.text:
+            self._text.append(delta.text)
+        self.tokens.extend(delta.tokens)
+        if delta.fields:
+            self._fields.append(delta.fields)
+            self.continuable = self.continuable and delta.fields.keys() <= {"role"}
+        for key, values in (delta.logprobs or {}).items():
+            if values is not None:
+                self.logprobs = self.logprobs or {}
+                self.logprobs.setdefault(key, []).extend(values)
+        self.finish_reason = delta.finish_reason or self.finish_reason
+
+    @property
+    def text(self) -> str:
+        return "".join(self._text)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The OpenAI assistant message: streamed fields merged the way the SDKs accumulate them."""
+        message: dict[str, Any] = {"role": "assistant"}
+        for fields in self._fields:
+            merge_fields(message, fields)
+        text = self.text
+        message["content"] = text if text or "tool_calls" not in message else None
+        message.setdefault("refusal", None)
+        return message
+
+
+def merge_fields(target: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Adds one streamed delta to ``target``: strings grow, indexed list items merge by ``index``, the rest replaces."""
+    for key, value in fields.items():
+        old = target.get(key)
+        if value is None:
+            target.setdefault(key, None)
+        elif isinstance(old, str) and isinstance(value, str) and key not in {"role", "id", "type"}:
+            target[key] = old + value
+        elif isinstance(old, dict) and isinstance(value, dict):
+            merge_fields(old, value)
+        elif isinstance(value, list) and value and all(isinstance(item, dict) and "index" in item for item in value):
+            target[key] = items = old if isinstance(old, list) else []
+            for item in value:
+                while len(items) <= item["index"]:
+                    items.append({})
+                merge_fields(items[item["index"]], {k: v for k, v in item.items() if k != "index"})
+        elif isinstance(value, dict):
+            target[key] = {}
+            merge_fields(target[key], value)
+        else:
+            target[key] = value
+
+
+class Transcript:
+    """The answer of one job up to :attr:`position`."""
+
+    __slots__ = ("choices", "finished", "position", "usage")
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self.position: EventId = BEGINNING
+        self.choices: dict[int, Choice] = {}
+        self.usage: Usage | None = None
+        self.finished: Finished | None = None
+        for event in events:
+            self.add(event)
+
+    def add(self, event: Event) -> None:
+        """Folds the next event in; events must come in log order, each once."""
+        self.position, data = event
+        if isinstance(data, Delta):
+            choice = self.choices.get(data.index)
+            if choice is None:
+                choice = self.choices[data.index] = Choice()
+            choice.add(data)
+            self.usage = data.usage or self.usage
+        elif isinstance(data, Restart):
+            self.choices.clear()
+            self.usage = None
+        elif isinstance(data, Finished):
+            self.finished = data
+            self.usage = data.usage or self.usage
+
+    @property
+    def empty(self) -> bool:
+        """True while nothing of an answer was logged."""
+        return not self.choices
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice."""
+        first = self.choices.get(0)
+        return first.text if first else ""
+
+    @property
+    def tokens(self) -> list[int]:
+        first = self.choices.get(0)
+        return first.tokens if first else []
+
+    @property
+    def finish_reason(self) -> str | None:
+        first = self.choices.get(0)
+        return first.finish_reason if first else None
+
+    @property
+    def continuable(self) -> bool:
+        """Whether a provider that can continue text may go on from here: one choice, text only, not ended."""
+        return set(self.choices) == {0} and self.choices[0].continuable and self.finish_reason is None

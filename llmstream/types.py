@@ -1,0 +1,221 @@
+"""The vocabulary of the whole service: frozen data, no I/O.
+
+A generation is a *job*; a job is a *log* of events. Everything a client ever sees is a rendering of these.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+Status = Literal["queued", "in_progress", "completed", "failed", "cancelled", "incomplete"]
+TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled", "incomplete"})
+
+Lane = Literal["high", "default", "low"]
+LANES: tuple[Lane, ...] = ("high", "default", "low")
+MIN_PRIORITY, MAX_PRIORITY = -10, 10
+
+Clock = Callable[[], float]
+"""Seconds since the epoch; injected so that tests own the time."""
+
+Kind = Literal["chat", "completion"]
+
+
+def lane_of(priority: int) -> Lane:
+    """Names the lane of a priority: 4..10 high, -3..3 default, -10..-4 low."""
+    if priority >= 4:
+        return "high"
+    return "default" if priority >= -3 else "low"
+
+
+class EventId(NamedTuple):
+    """Where an event stands in its job's log: the Redis stream id and the SSE ``id:`` at once.
+
+    Compares as a pair of integers; the text form ``attempt-seq`` does not sort.
+    """
+
+    attempt: int
+    seq: int
+
+    def __str__(self) -> str:
+        return f"{self.attempt}-{self.seq}"
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> EventId:
+        """Reads ``attempt-seq``. Raises ValueError when the text is anything else."""
+        raw = text.decode("ascii", "replace") if isinstance(text, bytes) else text
+        attempt, dash, seq = raw.partition("-")
+        if not (dash and attempt.isascii() and attempt.isdigit() and seq.isascii() and seq.isdigit()):
+            raise ValueError(f"{raw!r} is not an event id; expected 'attempt-seq', for example '1-42'")
+        if len(attempt) > 9 or len(seq) > 15:
+            raise ValueError(f"{raw!r} is not an event id; its numbers are out of range")
+        return cls(int(attempt), int(seq))
+
+
+BEGINNING = EventId(0, 0)
+"""The position before every event."""
+
+
+class Usage(Struct, frozen=True, omit_defaults=True):
+    """Tokens counted for one job, however many attempts and clients it had."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    details: dict[str, Any] | None = None
+    """Further fields of an upstream's usage object, verbatim."""
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Failure(Struct, frozen=True, omit_defaults=True):
+    """Why a job failed, in the words of the OpenAI error body."""
+
+    message: str
+    type: str = "server_error"
+    code: str | None = None
+    param: str | None = None
+    status: int = 500
+
+
+class Started(Struct, frozen=True, tag="started", omit_defaults=True):
+    """Event ``{attempt}-0``: a replica began to execute the job."""
+
+    replica: str
+    model: str
+    at: float
+
+
+class Restart(Struct, frozen=True, tag="restart", omit_defaults=True):
+    """What came before is void: this attempt could not go on from the last logged token."""
+
+    reason: str
+
+
+class Delta(Struct, frozen=True, tag="delta", omit_defaults=True):
+    """A piece of one choice of the answer."""
+
+    text: str = ""
+    index: int = 0
+    tokens: tuple[int, ...] = ()
+    """Ids of the tokens behind ``text`` where the provider knows them; a continuation starts from these."""
+    fields: dict[str, Any] | None = None
+    """Other members of an OpenAI ``delta``, verbatim: role, tool_calls, reasoning_content, refusal, audio …"""
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+
+class Finished(Struct, frozen=True, tag="finished", omit_defaults=True):
+    """The one terminal event."""
+
+    status: Status
+    at: float
+    usage: Usage | None = None
+    failure: Failure | None = None
+    reason: str | None = None
+    """What ended the job where the status alone does not say it: ``length``, ``content_filter`` …"""
+
+
+Payload = Started | Restart | Delta | Finished
+
+
+class Event(NamedTuple):
+    id: EventId
+    data: Payload
+
+
+class GenerateRequest(Struct, frozen=True, omit_defaults=True):
+    """What to generate: an OpenAI request body, kept as it came so that nothing is lost on the way upstream."""
+
+    kind: Kind
+    model: str
+    body: dict[str, Any]
+    provider: str | None = None
+    """Asks for one provider by name; None lets the router choose."""
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation of a chat request; empty for a text completion."""
+        return list(self.body.get("messages") or [])
+
+    @property
+    def max_tokens(self) -> int | None:
+        return self.body.get("max_completion_tokens") or self.body.get("max_tokens")
+
+    @property
+    def choices(self) -> int:
+        return int(self.body.get("n") or 1)
+
+
+class Principal(Struct, frozen=True, omit_defaults=True):
+    """Who asks. Jobs of different principals at the same priority take turns."""
+
+    id: str = "local"
+
+
+class Job(Struct, frozen=True, omit_defaults=True):
+    """One accepted generation: everything that is known and fixed from the moment of submission."""
+
+    id: str
+    request: GenerateRequest
+    pool: str
+    created_at: float
+    principal: str = "local"
+    priority: int = 0
+    session_id: str | None = None
+    expires_at: float | None = None
+    """Seconds since the epoch after which a job that is not finished fails; None: no such limit while it waits."""
+    labels: dict[str, str] | None = None
+
+    @property
+    def lane(self) -> Lane:
+        return lane_of(self.priority)
+
+
+class JobState(Struct, frozen=True, omit_defaults=True):
+    """A job and how far it has come, as the store knows it at one moment."""
+
+    job: Job
+    status: Status = "queued"
+    attempt: int = 0
+    replica: str | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+    failure: Failure | None = None
+    usage: Usage | None = None
+    reason: str | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.status in TERMINAL
+
+
+class ModelInfo(Struct, frozen=True, omit_defaults=True):
+    """A model that can be asked for by name."""
+
+    name: str
+    provider: str
+    created: int = 0
+    context: int | None = None
+    """Tokens of prompt and answer together; None where the provider does not say."""
+    extra: Mapping[str, Any] = {}
+
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+def new_id(clock: Clock = time.time) -> str:
+    """A new job id: 26 characters, sorted by creation time, with 80 random bits that nobody can guess."""
+    number = (int(clock() * 1000) << 80) | int.from_bytes(os.urandom(10))
+    return "".join(_ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
+
+
+def encode(value: Any) -> bytes:
+    return msgspec.json.encode(value)
