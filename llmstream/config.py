@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import SplitResult, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from llmstream.config_schema import Setting, plain, schema_of
+from llmstream.config_sources import build
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads ``port: yes`` as true, which pydantic would take for 1.
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise PydanticCustomError("truth_value", "a truth value is not allowed here")
+        return value
 
 
 def default_data_dir() -> Path:
@@ -31,6 +50,14 @@ class ServerSettings(Section):
     ping_s: Annotated[float, Field(gt=0)] = 15.0
     """Seconds between comment lines on a silent SSE stream."""
 
+    @property
+    def loopback(self) -> bool:
+        """Whether only programs on this machine can reach the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host.lower() == "localhost"
+
 
 class StoreSettings(Section):
     url: SecretStr | None = None
@@ -49,6 +76,16 @@ class StoreSettings(Section):
     """How long an unfinished job is kept when no replica runs."""
     sync: Literal["everysec", "always"] = "everysec"
     """When the embedded Valkey's log of changes reaches the disk."""
+
+    @field_validator("url")
+    @classmethod
+    def _redis_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url and not _is_redis_url(url.get_secret_value()):
+            raise ValueError(
+                "redis://, rediss:// or unix:// with a host or path, for example redis://user:password@host:6379/0; "
+                "special characters in a password are written as %XX"
+            )
+        return url
 
 
 class SchedulerSettings(Section):
@@ -77,6 +114,7 @@ class ModelSettings(Section):
     source: str = "smollm2"
     """``smollm2``, a path of a GGUF/GGML file, or a Hugging Face ``owner/repo/file.gguf``. Ignored by ``echo``."""
     engine: Literal["llamacpp", "ctransformers", "echo"] = "llamacpp"
+    """What runs the model: llama.cpp, ctransformers for older GGML files, or the built-in echo."""
     slots: Annotated[int, Field(ge=1, le=256)] = 4
     """Generations at once."""
     context: Annotated[int, Field(ge=32)] | None = None
@@ -105,17 +143,41 @@ class ProviderSettings(Section):
     continue_by: Literal["none", "assistant_prefill"] = "none"
     """How a cut answer goes on: prefill sends what was logged as the last assistant message."""
     connect_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds to reach the API before the next target is tried."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _http_url(cls, url: str) -> str:
+        parts = _split(url)
+        if not parts or parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("an http:// or https:// URL with a host, for example https://api.openai.com/v1")
+        return url
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _comma_separated(cls, models: Any) -> Any:
+        return [name.strip() for name in models.split(",") if name.strip()] if isinstance(models, str) else models
 
 
 class LoggingSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severe messages to write."""
     format: Literal["console", "json"] = "console"
+    """Lines for people, or one JSON object for each message."""
+
+    @field_validator("level", mode="before")
+    @classmethod
+    def _any_case(cls, level: Any) -> Any:
+        return level.upper() if isinstance(level, str) else level
 
 
 class Settings(Section):
     """Everything that can be configured. Build it directly, or with :func:`load` from file, environment and flags."""
 
-    data_dir: Path = Field(default_factory=default_data_dir)
+    data_dir: Path = Field(
+        default_factory=default_data_dir,
+        json_schema_extra={"default": "$XDG_DATA_HOME/llmstream, else ~/.local/share/llmstream"},
+    )
     """Where weights and the embedded store live."""
     server: ServerSettings = ServerSettings()
     store: StoreSettings = StoreSettings()
@@ -126,3 +188,91 @@ class Settings(Section):
     providers: dict[str, ProviderSettings] = {}
     """Remote APIs by name."""
     logging: LoggingSettings = LoggingSettings()
+
+    @property
+    def authenticated(self) -> bool:
+        """Whether callers must show an API key. There are no keys yet, so nobody else may reach the server."""
+        return False
+
+    @field_validator("data_dir")
+    @classmethod
+    def _at_home(cls, path: Path) -> Path:
+        try:
+            return path.expanduser()
+        except RuntimeError as error:
+            raise ValueError("a path; the home directory in it is not known") from error
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if problems := list(_contradictions(self)):
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def load(
+    file: Path | None = None, env: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None
+) -> Settings:
+    """Reads the settings: defaults < ``file`` (or what ``LLMSTREAM_CONFIG`` names) < ``env`` < ``flags``.
+
+    ``flags`` has dotted keys such as ``server.port``; None means not given. Raises one ConfigError that lists
+    everything that is wrong.
+    """
+    return build(Settings, file, os.environ if env is None else env, flags or {})
+
+
+def print_config(settings: Settings) -> str:
+    """Renders settings as YAML that :func:`load` reads again, secrets masked."""
+    return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
+
+
+def describe() -> list[Setting]:
+    """Every setting with its key, default, meaning and what is allowed; a name of the user's is ``NAME`` in the key."""
+    return list(schema_of(Settings).settings.values())
+
+
+def _contradictions(settings: Settings) -> Iterator[str]:
+    server, lease, total = settings.server, settings.scheduler.lease_s, settings.deadlines.total_s
+    if not server.loopback and not settings.authenticated:
+        yield (
+            f"server.host = {server.host!r}: other machines could use this server without a key, and API keys are not "
+            "supported yet; listen on 127.0.0.1 or ::1 and put a proxy that authenticates in front"
+        )
+    # A lease of up to two seconds is never the mistake, however short the jobs are.
+    if lease > max(total, 2.0):
+        yield (
+            f"scheduler.lease_s = {lease:g}: a dead replica's jobs would pass deadlines.total_s = {total:g} before "
+            "another may take them over; choose a shorter lease"
+        )
+    if (kept := settings.store.unfinished_retention_s) < total:
+        yield (
+            f"store.unfinished_retention_s = {kept:g}: running jobs would be forgotten before "
+            f"deadlines.total_s = {total:g}; keep them longer"
+        )
+    for name in sorted(settings.models.keys() & settings.providers.keys()):
+        yield f"models.{name}, providers.{name}: a local model and a provider share this name; rename one"
+    for name in [*settings.models, *settings.providers]:
+        if not NAME_PATTERN.fullmatch(name):
+            yield (
+                f"models, providers: the name {name[:80]!r} is not allowed; expected up to 128 letters, digits and "
+                ". _ : / - that begin with a letter or digit"
+            )
+
+
+def _is_redis_url(url: str) -> bool:
+    parts = _split(url)
+    if not parts:
+        return False
+    if parts.scheme == "unix":
+        return parts.path.startswith("/")
+    # A password with an unescaped / # or ? moves into these parts, from where it could end up in a message.
+    whole = not parts.fragment and re.fullmatch(r"/?\d*", parts.path) and "@" not in parts.query
+    return parts.scheme in ("redis", "rediss") and bool(parts.hostname) and bool(whole)
+
+
+def _split(url: str) -> SplitResult | None:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises ValueError where it is no number
+    except ValueError:
+        return None
+    return parts

@@ -68,9 +68,7 @@ class LLMStreamError(Exception):
 
 def error_body(failure: Failure) -> dict[str, Any]:
     """Renders a failure as ``{"error": {"message", "type", "param", "code"}}``."""
-    return {
-        "error": {"message": failure.message, "type": failure.type, "param": failure.param, "code": failure.code}
-    }
+    return {"error": {"message": failure.message, "type": failure.type, "param": failure.param, "code": failure.code}}
 
 
 class ConfigError(LLMStreamError):

@@ -88,7 +88,6 @@ class Started(Struct, frozen=True, tag="started", omit_defaults=True):
     """Event ``{attempt}-0``: a replica began to execute the job."""
 
     replica: str
-    model: str
     at: float
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from llmstream.transcript import Transcript
@@ -41,7 +41,7 @@ class Provider(Protocol):
     def can_continue(self, request: GenerateRequest, so_far: Transcript) -> bool:
         """Whether ``generate`` can go on from the last logged token of ``so_far``."""
 
-    def generate(self, request: GenerateRequest, so_far: Transcript | None) -> AsyncIterator[Sequence[Delta]]:
+    def generate(self, request: GenerateRequest, so_far: Transcript | None) -> AsyncGenerator[Sequence[Delta], None]:
         """Generates, or continues ``so_far`` (None: from the start), in batches of one or more deltas.
 
         Yields only what is new. The last deltas carry ``finish_reason`` per choice and ``usage`` (of the whole answer,

@@ -1,0 +1,116 @@
+"""``/v1``: what official OpenAI clients call."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from llmstream.api.body import read_json, validate
+from llmstream.api.keys import GATEWAY
+from llmstream.api.render import CANCELLED, ChatFormat, chat_completion, completion_id
+from llmstream.api.schemas import ChatCompletionBody, openai_request
+from llmstream.api.sse import position, serve
+from llmstream.errors import BadRequest, ModelNotFound, NotFound, error_body
+from llmstream.gateway import Gateway
+from llmstream.store.follower import Follower
+from llmstream.transcript import Transcript
+from llmstream.types import Job, ModelInfo
+
+COMPLETION = "chat-completion"
+
+routes = web.RouteTableDef()
+
+
+@routes.post("/v1/chat/completions")
+async def create_chat_completion(request: web.Request) -> web.StreamResponse:
+    """Generates an answer: as a stream that can be resumed, or whole."""
+    gateway = request.app[GATEWAY]
+    body = await read_json(request)
+    schema = validate(ChatCompletionBody, body)
+    job, follower = await gateway.start(
+        openai_request("chat", schema, body),
+        priority=schema.priority,
+        session_id=schema.session_id,
+        deadline_s=schema.deadline_s,
+    )
+    headers = _headers(request, job)
+    if schema.stream:
+        return await serve(request, follower, ChatFormat(job, include_usage=schema.include_usage), headers=headers)
+    with follower:
+        return await _whole(job, follower, headers)
+
+
+@routes.get("/v1/chat/completions/{completion_id}", name=COMPLETION)
+async def get_chat_completion(request: web.Request) -> web.StreamResponse:
+    """A stored completion; with ``?stream=true`` its stream, from the beginning or behind ``Last-Event-ID``."""
+    gateway = request.app[GATEWAY]
+    job_id = request.match_info["completion_id"].removeprefix("chatcmpl-")
+    state = await gateway.job(job_id)
+    if state.job.request.kind != "chat":
+        raise NotFound(f"Job {job_id!r} is not a chat completion.")
+    headers = _headers(request, state.job)
+    if _flag(request, "stream"):
+        after = position(request)
+        if state.done and await gateway.exhausted(job_id, after):
+            return web.Response(status=204, headers=headers)
+        wire = ChatFormat(state.job, include_usage=_flag(request, "include_usage"))
+        return await serve(request, gateway.follow(job_id, after), wire, headers=headers)
+    with gateway.follow(job_id) as follower:
+        return await _whole(state.job, follower, headers)
+
+
+@routes.get("/v1/models")
+async def list_models(request: web.Request) -> web.Response:
+    """What this service can run now."""
+    gateway = request.app[GATEWAY]
+    return web.json_response({"object": "list", "data": [_model(gateway, model) for model in gateway.models]})
+
+
+@routes.get("/v1/models/{model:.+}")
+async def get_model(request: web.Request) -> web.Response:
+    """One model."""
+    gateway, name = request.app[GATEWAY], request.match_info["model"]
+    for model in gateway.models:
+        if model.name == name:
+            return web.json_response(_model(gateway, model))
+    raise ModelNotFound(f"The model {name!r} does not exist here; GET /v1/models lists what does.", param="model")
+
+
+async def _whole(job: Job, follower: Follower, headers: dict[str, str]) -> web.Response:
+    transcript = Transcript()
+    async for entries in follower:
+        for entry in entries:
+            for event in entry.events:
+                transcript.add(event)
+    finished = transcript.finished
+    failure = finished.failure if finished else None
+    if finished is not None and finished.status == "cancelled":
+        failure = CANCELLED
+    if failure is not None:
+        status = 409 if failure.code == "cancelled" else failure.status
+        # The job was accepted and has ended: trying the same again is the caller's decision, not their SDK's.
+        return web.json_response(error_body(failure), status=status, headers={**headers, "x-should-retry": "false"})
+    return web.json_response(chat_completion(job, transcript), headers=headers)
+
+
+def _headers(request: web.Request, job: Job) -> dict[str, str]:
+    location = request.app.router[COMPLETION].url_for(completion_id=completion_id(job)).with_query(stream="true")
+    return {"x-job-id": job.id, "Location": str(location)}
+
+
+def _flag(request: web.Request, name: str) -> bool:
+    value = request.query.get(name, "false").lower()
+    if value not in {"true", "false", "1", "0"}:
+        raise BadRequest(f"{name} must be true or false, not {value!r}.", param=name)
+    return value in {"true", "1"}
+
+
+def _model(gateway: Gateway, model: ModelInfo) -> dict[str, object]:
+    body: dict[str, object] = {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": model.provider,
+    }
+    if model.context is not None:
+        body["context_length"] = model.context
+    return {**body, **model.extra}

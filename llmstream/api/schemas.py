@@ -1,0 +1,114 @@
+"""What clients may send. Validation lives here and nowhere else; unknown fields of OpenAI bodies travel on unharmed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+
+from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, GenerateRequest, Kind
+
+Number = StrictInt | StrictFloat
+Priority = Annotated[StrictInt, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
+SessionId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:@-]{1,128}$")]
+
+EXTENSIONS = frozenset({"provider", "priority", "session_id", "deadline_s"})
+"""Fields of ours in an OpenAI body; upstreams never see them."""
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: StrictStr | list[dict[str, Any]] | None = None
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    include_usage: StrictBool = False
+
+
+class OpenAIBody(BaseModel):
+    """What chat and text completions have in common."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: Annotated[StrictStr, Field(min_length=1, max_length=256)]
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    seed: StrictInt | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Number] | None = None
+    provider: StrictStr | None = None
+    """Extension: run by this provider."""
+    priority: Priority = 0
+    """Extension: 10 first, -10 last."""
+    session_id: SessionId | None = None
+    """Extension: the answer can also be read at ``/stream/{session_id}``."""
+    deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None
+    """Extension: seconds from now after which the job fails if it is not finished, waiting included."""
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed when stream is true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatCompletionBody(OpenAIBody):
+    """``POST /v1/chat/completions``"""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+class ChatBody(BaseModel):
+    """``POST /chat`` and ``POST /chat/async``: one message, or a conversation."""
+
+    model_config = ConfigDict(extra="allow")
+
+    message: Annotated[StrictStr, Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    model: Annotated[StrictStr, Field(min_length=1, max_length=256)] | None = None
+    priority: Priority = 0
+    session_id: SessionId | None = None
+    provider: StrictStr | None = None
+    deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.message is None) == (self.messages is None):
+            raise ValueError("give either 'message' (a string) or 'messages' (a conversation)")
+        return self
+
+
+def openai_request(kind: Kind, schema: OpenAIBody, body: dict[str, Any]) -> GenerateRequest:
+    """The request as the gateway takes it: the caller's own body without our extensions."""
+    kept = {key: value for key, value in body.items() if key not in EXTENSIONS}
+    return GenerateRequest(kind=kind, model=schema.model, body=kept, provider=schema.provider)
+
+
+def chat_request(schema: ChatBody, body: dict[str, Any], default_model: str) -> GenerateRequest:
+    """A native chat body as an OpenAI one; fields beside ours travel on."""
+    kept = {key: value for key, value in body.items() if key not in EXTENSIONS | {"message"}}
+    model = kept["model"] = schema.model or default_model
+    if schema.message is not None:
+        kept["messages"] = [{"role": "user", "content": schema.message}]
+    return GenerateRequest(kind="chat", model=model, body=kept, provider=schema.provider)

@@ -1,0 +1,113 @@
+"""Serves a job's log as a stream of server-sent events, from any position."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+from aiohttp_sse import EventSourceResponse
+
+from llmstream.api.keys import PING_S, STREAMS
+from llmstream.api.render import Format, render_entry
+from llmstream.errors import BadRequest, LLMStreamError, StoreUnavailable
+from llmstream.store.follower import Follower
+from llmstream.types import BEGINNING, EventId
+
+RETRY_FRAME = b"retry: 1000\n\n"
+QUEUE_LOOK_S = 1.0
+PROMPT_S = 0.1
+"""A job that starts so soon was hardly waiting: nothing is said about it."""
+
+logger = logging.getLogger(__name__)
+
+Waiting = Callable[[], Awaitable[bytes]]
+"""Makes the frame that tells a waiting client where it stands; empty when there is nothing to tell."""
+
+
+class Stream(EventSourceResponse):
+    """aiohttp-sse's headers, ping and disconnect; frames are written as ready bytes."""
+
+    def __init__(self, *, ping_s: float, headers: dict[str, str]) -> None:
+        super().__init__(ping_interval=ping_s, allow_all_methods=True, sep="\n", headers=headers)
+
+
+def position(request: web.Request) -> EventId:
+    """Where a client wants to go on: ``Last-Event-ID`` header, ``?last_event_id=`` or ``?starting_after=``."""
+    for name, text in (
+        ("Last-Event-ID", request.headers.get("Last-Event-ID")),
+        ("last_event_id", request.query.get("last_event_id")),
+        ("starting_after", request.query.get("starting_after")),
+    ):
+        if text:
+            try:
+                return EventId.parse(text)
+            except ValueError as error:
+                raise BadRequest(f"{name}: {error}.", param=name) from None
+    return BEGINNING
+
+
+async def serve(
+    request: web.Request,
+    follower: Follower,
+    wire: Format,
+    *,
+    headers: dict[str, str],
+    waiting: Waiting | None = None,
+) -> web.StreamResponse:
+    """Streams everything behind the follower's position up to the terminal event; closes the follower.
+
+    A client that goes away ends only its own stream. The job goes on.
+    """
+    task = asyncio.current_task()
+    streams = request.app[STREAMS]
+    if task is not None:
+        streams.add(task)
+    response = Stream(ping_s=request.app[PING_S], headers=headers)
+    try:
+        with follower:
+            await response.prepare(request)
+            async with response:
+                if waiting is not None:
+                    await response.write(RETRY_FRAME)
+                    await _announce(response, follower, waiting)
+                await _pump(response, follower, wire)
+            await response.write_eof()
+    except ConnectionResetError:
+        logger.debug("the client went away", extra={"job_id": headers.get("x-job-id")})
+    finally:
+        if task is not None:
+            streams.discard(task)
+    return response
+
+
+async def _pump(response: Stream, follower: Follower, wire: Format) -> None:
+    while True:
+        try:
+            async for entries in follower:
+                await response.write(b"".join([render_entry(entry, wire) for entry in entries]))
+            return
+        except StoreUnavailable as error:
+            # The answer is still coming: the client waits, as every reader does while the store is away.
+            logger.warning("a reader waits for the store: %s", error.message)
+            await asyncio.sleep(error.retry_after or 1.0)
+        except LLMStreamError as error:
+            logger.warning("a stream ended early: %s", error.message)
+            response.force_close()
+            return
+
+
+async def _announce(response: Stream, follower: Follower, waiting: Waiting) -> None:
+    """Tells where the job stands, again whenever that changes, until its log has something to show."""
+    said = b""
+    while not await follower.ready(QUEUE_LOOK_S if said else PROMPT_S):
+        try:
+            frame = await waiting()
+        except LLMStreamError:
+            return
+        if not frame:
+            return
+        if frame != said:
+            await response.write(frame)
+            said = frame

@@ -1,0 +1,1 @@
+"""Which model answers: names to targets."""

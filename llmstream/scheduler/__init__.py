@@ -1,0 +1,1 @@
+"""Who runs what, when: claims jobs for free slots and leads each through its life."""

@@ -1,0 +1,259 @@
+"""One job's life on this replica, top to bottom."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from contextlib import aclosing
+from typing import Any, Literal, TypeVar
+
+from llmstream.config import DeadlineSettings
+from llmstream.errors import (
+    DeadlineExceeded,
+    Fenced,
+    LLMStreamError,
+    ShuttingDown,
+    StoreUnavailable,
+    UpstreamBroken,
+)
+from llmstream.providers.base import Provider
+from llmstream.routing.router import Router
+from llmstream.store.jobs import Begun, Jobs
+from llmstream.store.log import Log
+from llmstream.store.writer import Writer
+from llmstream.transcript import Transcript
+from llmstream.types import BEGINNING, Clock, Failure, Finished, Job, Restart, Started, Status, Usage
+
+Result = Literal["done", "release"]
+"""What becomes of the claim: the job needs no more work, or somebody else shall go on."""
+
+FLUSH_S = 2.0
+BACKOFF_S = 0.2
+MAX_BACKOFF_S = 5.0
+_EVENT_BYTES = 96
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Runs one claimed job: begin an attempt, generate, log, finish; again while attempts are left."""
+
+    def __init__(
+        self,
+        job_id: str,
+        *,
+        replica: str,
+        jobs: Jobs,
+        log: Log,
+        router: Router,
+        deadlines: DeadlineSettings,
+        max_attempts: int,
+        clock: Clock,
+    ) -> None:
+        self.job_id = job_id
+        self._replica = replica
+        self._jobs = jobs
+        self._log = log
+        self._router = router
+        self._deadlines = deadlines
+        self._max_attempts = max_attempts
+        self._clock = clock
+        self._begun: Begun | None = None
+        self._writer: Writer | None = None
+        self._interruption: LLMStreamError | None = None
+        self._scope: asyncio.Task[Any] | None = None
+        self._continuable = True
+        self._got_token = False
+        self._last_progress = 0.0
+
+    async def run(self) -> Result:
+        """Leads the job to a terminal state, or to the point where another replica has to go on.
+
+        Raises StoreUnavailable when the store stays away for too long.
+        """
+        while True:
+            started = Started(replica=self._replica, at=self._clock())
+            begun = await self._jobs.begin(self.job_id, started, self._max_attempts)
+            if begun == "done":
+                return "done"
+            if begun == "exhausted":
+                await self._give_up()
+                return "done"
+            self._begun = begun
+            writer = self._writer = self._log.writer(begun)
+            try:
+                result = await self._attempt(begun, writer)
+            finally:
+                self._writer = None
+                writer.close()
+            if result is not None:
+                return result
+
+    def interrupt(self, reason: LLMStreamError) -> None:
+        """Stops the generation at the next token boundary; ``reason`` decides what follows."""
+        if self._interruption is None:
+            self._interruption = reason
+            if self._scope is not None:
+                self._scope.cancel()
+
+    @property
+    def can_hand_over(self) -> bool:
+        """Whether another replica could go on where this one stops."""
+        return self._continuable
+
+    def check_deadlines(self) -> None:
+        """Called at every heartbeat: one timer for all jobs."""
+        if self._begun is None or self._scope is None or (self._writer is not None and self._writer.congested):
+            return
+        job, now = self._begun.job, self._clock()
+        silent = asyncio.get_running_loop().time() - self._last_progress
+        limits = self._deadlines
+        if now > self._begun.started_at + limits.total_s:
+            self.interrupt(DeadlineExceeded(f"The job did not finish within {limits.total_s:g} s of its start."))
+        elif job.expires_at is not None and now > job.expires_at:
+            self.interrupt(DeadlineExceeded("The job did not finish within the request's deadline_s."))
+        elif not self._got_token and silent > limits.first_token_s:
+            self.interrupt(UpstreamBroken(f"The model gave no first token within {limits.first_token_s:g} s."))
+        elif self._got_token and silent > limits.stall_s:
+            self.interrupt(UpstreamBroken(f"The model stalled: no token for {limits.stall_s:g} s."))
+
+    async def _attempt(self, begun: Begun, writer: Writer) -> Result | None:
+        """One attempt. None: it failed in a way that another attempt may mend."""
+        writer.on_lost = self.interrupt
+        try:
+            finished = await self._interruptible(self._generate(begun, writer))
+            await writer.finish(finished)
+        except Fenced as fenced:
+            logger.info("attempt stopped: %s", fenced.message, extra={"job_id": self.job_id})
+            return "done"
+        except ShuttingDown:
+            await self._hand_over(begun, writer)
+            return "release"
+        except StoreUnavailable:
+            raise
+        except LLMStreamError as error:
+            if error.retryable and begun.attempt < self._max_attempts:
+                logger.warning("attempt failed: %s", error.message, extra={"job_id": self.job_id})
+                return await self._pause(begun, writer, error)
+            return await self._fail(writer, error)
+        return "done"
+
+    async def _generate(self, begun: Begun, writer: Writer) -> Finished:
+        request = begun.job.request
+        provider = self._router.target(request).provider
+        transcript = await self._history(begun)
+        self._got_token, self._last_progress = False, asyncio.get_running_loop().time()
+        so_far: Transcript | None = None
+        if transcript is not None and not transcript.empty:
+            if self._complete(transcript, begun.job):
+                return self._finished(transcript.usage, _reasons(transcript))
+            if transcript.continuable and provider.can_continue(request, transcript):
+                so_far = transcript
+            else:
+                writer.append(Restart("the earlier attempt cannot be continued"), _EVENT_BYTES)
+        self._continuable = provider.can_continue(request, so_far or Transcript())
+        return await self._stream(provider, begun.job, so_far, writer)
+
+    async def _stream(self, provider: Provider, job: Job, so_far: Transcript | None, writer: Writer) -> Finished:
+        clock = asyncio.get_running_loop().time
+        reasons: dict[int, str] = {}
+        usage: Usage | None = None
+        async with aclosing(provider.generate(job.request, so_far)) as batches:
+            async for batch in batches:
+                self._last_progress, self._got_token = clock(), True
+                for delta in batch:
+                    writer.append(delta, len(delta.text) + _EVENT_BYTES)
+                    usage = delta.usage or usage
+                    if delta.finish_reason is not None:
+                        reasons[delta.index] = delta.finish_reason
+                if writer.congested:
+                    await writer.flush()
+        if len(reasons) < job.request.choices:
+            raise UpstreamBroken("The model's stream ended before the answer did.")
+        return self._finished(usage, reasons)
+
+    async def _history(self, begun: Begun) -> Transcript | None:
+        """The answer as earlier attempts left it. The log is fenced by now, so it cannot grow any more."""
+        if begun.attempt == 1:
+            return None
+        transcript = Transcript()
+        position = BEGINNING
+        while position < begun.entry.last:
+            for entry in await self._log.read(self.job_id, position):
+                position = entry.last
+                for event in entry.events:
+                    if event.id < begun.entry.last:
+                        transcript.add(event)
+        return transcript
+
+    @staticmethod
+    def _complete(transcript: Transcript, job: Job) -> bool:
+        """True when an earlier attempt logged the whole answer and only its terminal event is missing."""
+        return len(_reasons(transcript)) >= job.request.choices
+
+    def _finished(self, usage: Usage | None, reasons: dict[int, str]) -> Finished:
+        cut = next((reason for reason in reasons.values() if reason in {"length", "content_filter"}), None)
+        status: Status = "incomplete" if cut else "completed"
+        return Finished(status=status, at=self._clock(), usage=usage, reason=cut)
+
+    async def _pause(self, begun: Begun, writer: Writer, error: LLMStreamError) -> Result | None:
+        """Waits before the next attempt, still cancellable."""
+        delay = error.retry_after or min(BACKOFF_S * 2 ** (begun.attempt - 1), MAX_BACKOFF_S)
+        self._interruption = None
+        try:
+            await self._interruptible(self._rest(writer, delay))
+        except Fenced:
+            return "done"
+        except ShuttingDown:
+            await self._hand_over(begun, writer)
+            return "release"
+        return None
+
+    @staticmethod
+    async def _rest(writer: Writer, delay: float) -> None:
+        await writer.flush()
+        await asyncio.sleep(delay)
+
+    async def _fail(self, writer: Writer, error: LLMStreamError) -> Result:
+        logger.warning("job failed: %s", error.message, extra={"job_id": self.job_id})
+        try:
+            await writer.finish(Finished(status="failed", at=self._clock(), failure=error.failure()))
+        except Fenced:
+            logger.info("the job had ended already", extra={"job_id": self.job_id})
+        return "done"
+
+    async def _hand_over(self, begun: Begun, writer: Writer) -> None:
+        async with asyncio.timeout(FLUSH_S):
+            await writer.flush()
+            await self._jobs.hand_over(self.job_id, begun.attempt)
+
+    async def _give_up(self) -> None:
+        failure = Failure(
+            message=f"The job was tried {self._max_attempts} times and did not finish; what it produced is kept.",
+            code="attempts_exhausted",
+        )
+        ended = await self._jobs.end(self.job_id, Finished(status="failed", at=self._clock(), failure=failure))
+        self._log.note_end(self.job_id, ended)
+
+    async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs ``work`` so that :meth:`interrupt` can stop it; somebody else's cancellation passes through."""
+        if self._interruption is not None:
+            work.close()
+            raise self._interruption
+        task = self._scope = asyncio.current_task()
+        assert task is not None
+        try:
+            return await work
+        except asyncio.CancelledError:
+            reason: LLMStreamError | None = self._interruption
+            if reason is None or task.uncancel() > 0:
+                raise
+            raise reason from None
+        finally:
+            self._scope = None
+
+
+def _reasons(transcript: Transcript) -> dict[int, str]:
+    return {index: choice.finish_reason for index, choice in transcript.choices.items() if choice.finish_reason}

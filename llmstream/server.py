@@ -1,0 +1,72 @@
+"""The embedded server: ``async with Server(settings) as server: server.url``."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+from aiohttp import web
+
+from llmstream.api.app import create_app
+from llmstream.config import Settings
+from llmstream.errors import ConfigError
+from llmstream.gateway import Gateway, open_gateway
+
+HANDLER_GRACE_S = 2.0
+"""What request handlers get to end after their streams were closed."""
+
+
+class Server:
+    """One replica, listening while the context is open.
+
+    Raises ConfigError on entering when something it needs is missing, saying what to do.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self._stack = AsyncExitStack()
+        self._port: int | None = None
+        self._gateway: Gateway | None = None
+
+    @property
+    def url(self) -> str:
+        """``http://host:port`` of the open server."""
+        if self._port is None:
+            raise RuntimeError("The server is not open; use 'async with Server(settings) as server'.")
+        host = self.settings.server.host
+        return f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
+
+    @property
+    def gateway(self) -> Gateway:
+        """The open gateway, for callers in the same process."""
+        if self._gateway is None:
+            raise RuntimeError("The server is not open; use 'async with Server(settings) as server'.")
+        return self._gateway
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            self._gateway = await stack.enter_async_context(open_gateway(self.settings))
+            runner = web.AppRunner(
+                create_app(self.settings, gateway=self._gateway), access_log=None, shutdown_timeout=HANDLER_GRACE_S
+            )
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            site = web.TCPSite(runner, self.settings.server.host, self.settings.server.port)
+            try:
+                await site.start()
+            except OSError as error:
+                wanted = f"{self.settings.server.host}:{self.settings.server.port}"
+                raise ConfigError(
+                    f"Cannot listen on {wanted} ({error.strerror or error}). "
+                    "Choose another port with --port (server.port); 0 picks a free one."
+                ) from error
+            self._port = runner.addresses[0][1]
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._port = None
+        await self._stack.aclose()

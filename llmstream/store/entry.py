@@ -1,0 +1,51 @@
+"""How events are written into a stream entry. Pure.
+
+One entry holds one or more events that waited for the same flush. Its stream id is the id of its *last* event; the
+others count back from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from llmstream.types import Delta, Event, EventId, Finished, Payload, Restart, Started
+
+FIELD = b"e"
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(list[Started | Restart | Delta | Finished])
+
+
+class Entry:
+    """Consecutive events of one attempt, acknowledged together."""
+
+    __slots__ = ("events", "first", "last", "rendered", "size")
+
+    def __init__(self, last: EventId, payloads: Sequence[Payload], size: int) -> None:
+        attempt, seq = last
+        start = seq - len(payloads) + 1
+        self.last = last
+        self.first = EventId(attempt, start)
+        self.events = tuple(Event(EventId(attempt, start + i), data) for i, data in enumerate(payloads))
+        self.size = size
+        """Bytes of the encoded form."""
+        self.rendered: dict[object, bytes] = {}
+        """Wire forms by format: made once, shared by all who follow."""
+
+    def after(self, position: EventId) -> Entry:
+        """The part of the entry behind ``position``; the entry itself when that is all of it."""
+        if position < self.first:
+            return self
+        return Entry(self.last, [event.data for event in self.events if event.id > position], self.size)
+
+
+def encode_payloads(payloads: Sequence[Payload]) -> bytes:
+    return _encoder.encode(payloads)
+
+
+def decode_entry(raw_id: bytes, fields: Sequence[bytes]) -> Entry:
+    """Reads one stream entry as XRANGE returns it: its id and a flat list of names and values."""
+    data = fields[fields.index(FIELD) + 1]
+    return Entry(EventId.parse(raw_id), _decoder.decode(data), len(data))

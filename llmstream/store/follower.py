@@ -1,0 +1,129 @@
+"""One reader of one log: nothing but a position."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol, Self
+
+from llmstream.errors import NotFound
+from llmstream.store.channel import Channel
+from llmstream.store.entry import Entry
+from llmstream.store.jobs import Jobs
+from llmstream.store.tail import Tail
+from llmstream.types import EventId, Finished
+
+PAGE = 500
+"""Entries read from the store at once."""
+
+
+class Reader(Protocol):
+    """Reads a page of a log from the store."""
+
+    async def read(self, job_id: str, after: EventId, limit: int) -> list[Entry]: ...
+
+
+class Follower:
+    """Yields every entry behind a position once and in order, as they are logged, up to the terminal one.
+
+    Recent entries come from the shared channel, older ones from the store. Iterating raises NotFound when the log has
+    expired, StoreUnavailable when history cannot be read now; iterating again after that goes on at the same place.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        jobs: Jobs,
+        tail: Tail,
+        channel: Channel,
+        position: EventId,
+        *,
+        known: bool,
+        on_close: Callable[[Channel], None],
+    ) -> None:
+        self.position = position
+        self._reader = reader
+        self._jobs = jobs
+        self._tail = tail
+        self._channel = channel
+        self._known = known
+        """False while the store may hold something behind the position that the channel does not know of."""
+        self._finished = False
+        self._ahead: list[Entry] = []
+        self._on_close: Callable[[Channel], None] | None = on_close
+        channel.followers += 1
+        tail.watch(channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops following; safe to call twice."""
+        if self._on_close is not None:
+            self._channel.followers -= 1
+            self._on_close(self._channel)
+            self._on_close = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[Entry]:
+        if self._finished:
+            raise StopAsyncIteration
+        entries, self._ahead = self._ahead or await self._next(), []
+        self.position = entries[-1].last
+        self._finished = isinstance(entries[-1].events[-1].data, Finished)
+        return entries
+
+    async def ready(self, timeout_s: float) -> bool:
+        """Waits for something to read; False when ``timeout_s`` passed without."""
+        if self._ahead or self._finished:
+            return True
+        try:
+            async with asyncio.timeout(timeout_s):
+                self._ahead = await self._next()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _next(self) -> list[Entry]:
+        channel = self._channel
+        while True:
+            if self._known and self.position < channel.tip and channel.holds(self.position):
+                return channel.behind(self.position)
+            if not self._known or self.position < channel.tip:
+                entries = await self._read()
+                if entries:
+                    return entries
+            elif self._tail.suspect(channel):
+                self._known = False
+            else:
+                await channel.changed()
+
+    async def _read(self) -> list[Entry]:
+        job_id, position = self._channel.job_id, self.position
+        entries = await self._reader.read(job_id, position, PAGE)
+        self._known = len(entries) < PAGE
+        if not entries:
+            await self._check_alive()
+        for entry in entries:
+            self._channel.publish(entry, position)
+            position = entry.last
+        return entries
+
+    async def _check_alive(self) -> None:
+        """Nothing behind the position: fine while the job goes on, an error when there is nothing left to come."""
+        job_id, position = self._channel.job_id, self.position
+        state = await self._jobs.find(job_id)
+        if state is None:
+            raise NotFound(f"The log of job {job_id!r} has expired; its retention time is over.")
+        gone = state.done or self._channel.tip > position
+        if gone and not await self._reader.read(job_id, position, 1):
+            raise NotFound(f"The log of job {job_id!r} holds nothing behind {position}; read it from the beginning.")
+        self._known = not gone

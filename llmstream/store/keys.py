@@ -1,0 +1,60 @@
+"""Every key the service ever writes, by name. What must change together shares a ``{hash tag}``; every key has a TTL.
+
+{prefix}:{JOB}:job          hash    one job: spec, status, attempt, owner, outcome
+{prefix}:{JOB}:log          stream  its events; entry id = id of the entry's last event
+{prefix}:{s:SESSION}:jobs   zset    the jobs of a session by creation time
+{prefix}:{q:POOL}:order     zset    waiting jobs by level and turn: the order of service inside a level
+{prefix}:{q:POOL}:ages      zset    the same jobs by level and time of arrival: how urgent a level is
+{prefix}:{q:POOL}:meta      hash    job -> level|arrival|principal|deadline, while it waits or runs
+{prefix}:{q:POOL}:turns     hash    level -> turn being served, level:principal -> last turn given out
+{prefix}:{q:POOL}:claims    hash    job -> replica|claimed at
+{prefix}:{q:POOL}:replicas  zset    replica -> end of its lease
+{prefix}:{q:POOL}:slots     hash    replica -> slots it offers
+{prefix}:{q:POOL}:deadlines zset    waiting jobs with a deadline of their own
+{prefix}:{q:POOL}:cancels   zset    recently cancelled jobs, for owners that missed the wake-up
+{prefix}:{q:POOL}:index     zset    every job of the pool by creation time, trimmed to the retention time
+{prefix}:{q:POOL}:stats     hash    measured service time
+{prefix}:wake               channel pool names with new work
+{prefix}:cancel             channel ids of cancelled jobs
+"""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+QUEUE_PARTS = (
+    "order",
+    "ages",
+    "meta",
+    "turns",
+    "claims",
+    "replicas",
+    "slots",
+    "deadlines",
+    "cancels",
+    "index",
+    "stats",
+)
+
+
+class Keys:
+    """Names of keys under one prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self.wake = f"{prefix}:wake"
+        self.cancel = f"{prefix}:cancel"
+
+    def job(self, job_id: str) -> str:
+        return f"{self._prefix}:{{{job_id}}}:job"
+
+    def log(self, job_id: str) -> str:
+        return f"{self._prefix}:{{{job_id}}}:log"
+
+    def session(self, session_id: str) -> str:
+        return f"{self._prefix}:{{s:{quote(session_id, safe='')}}}:jobs"
+
+    def queue(self, pool: str) -> tuple[str, ...]:
+        """The keys of one pool's queue, in the order of ``QUEUE_PARTS``."""
+        tag = f"{self._prefix}:{{q:{quote(pool, safe='')}}}"
+        return tuple(f"{tag}:{part}" for part in QUEUE_PARTS)

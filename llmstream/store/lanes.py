@@ -1,0 +1,385 @@
+"""The queue of one pool: waiting jobs in order of service, claims, leases. Each step is one atomic script.
+
+Jobs wait on 21 *levels*, one for each priority. Inside a level principals take turns: a job's turn is one more than the
+principal's last or the one being served, whichever is later. Between levels the most urgent is served, that is the one
+whose oldest job has waited longest after adding ``ageing_s`` for every step of priority; so nothing waits for ever.
+The position in the order follows from two sorted sets and costs O(log n) whatever the backlog.
+
+A replica's lease covers all its claims: one heartbeat renews them, and when it lapses they all go back to the front of
+their levels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from llmstream.store.keys import QUEUE_PARTS, Keys
+from llmstream.store.pipeline import Pipeline, Script
+from llmstream.types import LANES, MAX_PRIORITY, Job, Lane, lane_of
+
+_NAMES = "\n".join(f"local {name} = KEYS[{index}]" for index, name in enumerate(QUEUE_PARTS, 1))
+_PRELUDE = (
+    _NAMES
+    + """
+local B = 4398046511104 -- 2^42: one level in a score; above every turn and every time in milliseconds
+local function now_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+local function keep(ttl)
+  for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, ttl) end
+end
+local function split(text)
+  local parts = {}
+  for part in string.gmatch(text, '([^|]*)|?') do parts[#parts + 1] = part end
+  return parts
+end
+local function fmt(number) return string.format('%.0f', number) end
+local function forget_waiting(id)
+  redis.call('ZREM', order, id)
+  redis.call('ZREM', ages, id)
+  redis.call('ZREM', deadlines, id)
+end
+local function requeue(id)
+  local m = redis.call('HGET', meta, id)
+  redis.call('HDEL', claims, id)
+  if not m then return 0 end
+  local part = split(m)
+  redis.call('ZADD', order, fmt(part[1] * B), id)
+  redis.call('ZADD', ages, fmt(part[1] * B + part[2]), id)
+  if part[4] ~= '' then redis.call('ZADD', deadlines, part[4], id) end
+  return 1
+end
+"""
+)
+
+_PUSH = Script(
+    "push",
+    _PRELUDE
+    + """
+-- ARGV id, level, principal, max waiting, ttl_ms, deadline_ms or '', retention_ms, wake channel, pool
+local id, level, who = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+if redis.call('HEXISTS', meta, id) == 1 then return {1} end
+local waiting = redis.call('ZCARD', order)
+if waiting >= tonumber(ARGV[4]) then return {0} end
+local now = now_ms()
+local field = level .. ':' .. who
+local served = tonumber(redis.call('HGET', turns, level) or 0)
+local turn = math.max(served, tonumber(redis.call('HGET', turns, field) or 0)) + 1
+redis.call('HSET', turns, field, turn)
+redis.call('ZADD', order, fmt(level * B + turn), id)
+redis.call('ZADD', ages, fmt(level * B + now), id)
+redis.call('HSET', meta, id, level .. '|' .. fmt(now) .. '|' .. who .. '|' .. ARGV[6])
+if ARGV[6] ~= '' then redis.call('ZADD', deadlines, ARGV[6], id) end
+redis.call('ZADD', index, fmt(now), id)
+redis.call('ZREMRANGEBYSCORE', index, '-inf', fmt(now - ARGV[7]))
+keep(ARGV[5])
+redis.call('PUBLISH', ARGV[8], ARGV[9])
+return {1}
+""",
+)
+
+_CLAIM = Script(
+    "claim",
+    _PRELUDE
+    + """
+-- ARGV replica, count, ageing_ms, ttl_ms -> ids
+local claimed, now = {}, fmt(now_ms())
+for _ = 1, tonumber(ARGV[2]) do
+  local best, best_level, cursor = nil, nil, 0
+  while true do
+    local oldest = redis.call('ZRANGEBYSCORE', ages, fmt(cursor), '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+    if not oldest[1] then break end
+    local score = tonumber(oldest[2])
+    local level = math.floor(score / B)
+    local urgency = score - level * B + level * ARGV[3]
+    if not best or urgency < best then best, best_level = urgency, level end
+    cursor = (level + 1) * B
+  end
+  if not best then break end
+  local first = redis.call('ZRANGEBYSCORE', order, fmt(best_level * B), '(' .. fmt((best_level + 1) * B),
+                           'WITHSCORES', 'LIMIT', 0, 1)
+  local id = first[1]
+  local turn = first[2] - best_level * B
+  if turn > tonumber(redis.call('HGET', turns, best_level) or 0) then
+    redis.call('HSET', turns, best_level, fmt(turn))
+  end
+  forget_waiting(id)
+  redis.call('HSET', claims, id, ARGV[1] .. '|' .. now)
+  claimed[#claimed + 1] = id
+end
+if #claimed > 0 then
+  if redis.call('ZCARD', order) == 0 then redis.call('DEL', turns) end
+  keep(ARGV[4])
+end
+return claimed
+""",
+)
+
+_SETTLE = Script(
+    "settle",
+    _PRELUDE
+    + """
+-- ARGV id, replica, ttl_ms. The job needs no more work; its service time goes into the measured rate.
+local claim = redis.call('HGET', claims, ARGV[1])
+if not claim then return 0 end
+local part = split(claim)
+if part[1] ~= ARGV[2] then return 0 end
+redis.call('HDEL', claims, ARGV[1])
+redis.call('HDEL', meta, ARGV[1])
+local took = now_ms() - part[2]
+local mean = tonumber(redis.call('HGET', stats, 'service_ms') or took)
+redis.call('HSET', stats, 'service_ms', string.format('%.3f', mean + (took - mean) * 0.1))
+redis.call('HINCRBY', stats, 'served', 1)
+redis.call('PEXPIRE', stats, ARGV[3])
+return 1
+""",
+)
+
+_RELEASE = Script(
+    "release",
+    _PRELUDE
+    + """
+-- ARGV id, replica, ttl_ms, wake channel, pool. Back to the front of its level, for anybody.
+local claim = redis.call('HGET', claims, ARGV[1])
+if not claim or split(claim)[1] ~= ARGV[2] then return 0 end
+requeue(ARGV[1])
+keep(ARGV[3])
+redis.call('PUBLISH', ARGV[4], ARGV[5])
+return 1
+""",
+)
+
+_REMOVE = Script(
+    "remove",
+    _PRELUDE
+    + """
+-- ARGV id, ttl_ms. Takes a cancelled job out; a running one stays claimed until its owner lets go.
+local now = now_ms()
+redis.call('ZADD', cancels, fmt(now), ARGV[1])
+redis.call('ZREMRANGEBYSCORE', cancels, '-inf', fmt(now - 60000))
+redis.call('PEXPIRE', cancels, ARGV[2])
+if redis.call('HEXISTS', claims, ARGV[1]) == 1 then return 0 end
+forget_waiting(ARGV[1])
+return redis.call('HDEL', meta, ARGV[1])
+""",
+)
+
+_HEARTBEAT = Script(
+    "heartbeat",
+    _PRELUDE
+    + """
+-- ARGV replica, slots, lease_ms, ttl_ms, cancelled since (ms) -> now, own claims, taken back, overdue, cancelled
+local now = now_ms()
+redis.call('ZADD', replicas, fmt(now + ARGV[3]), ARGV[1])
+redis.call('HSET', slots, ARGV[1], ARGV[2])
+local taken = 0
+for _, lapsed in ipairs(redis.call('ZRANGEBYSCORE', replicas, '-inf', fmt(now))) do
+  local all = redis.call('HGETALL', claims)
+  for i = 1, #all, 2 do
+    if split(all[i + 1])[1] == lapsed then taken = taken + requeue(all[i]) end
+  end
+  redis.call('ZREM', replicas, lapsed)
+  redis.call('HDEL', slots, lapsed)
+end
+keep(ARGV[4])
+local overdue = redis.call('ZRANGEBYSCORE', deadlines, '-inf', fmt(now), 'LIMIT', 0, 100)
+local cancelled = redis.call('ZRANGEBYSCORE', cancels, ARGV[5], '+inf')
+return {fmt(now), taken, overdue, cancelled}
+""",
+)
+
+_LEAVE = Script(
+    "leave",
+    _PRELUDE
+    + """
+-- ARGV replica, wake channel, pool. A replica goes: whatever it still holds is for the others.
+local all = redis.call('HGETALL', claims)
+for i = 1, #all, 2 do
+  if split(all[i + 1])[1] == ARGV[1] then requeue(all[i]) end
+end
+redis.call('ZREM', replicas, ARGV[1])
+redis.call('HDEL', slots, ARGV[1])
+redis.call('PUBLISH', ARGV[2], ARGV[3])
+return 1
+""",
+)
+
+_POSITION = Script(
+    "position",
+    _PRELUDE
+    + """
+-- ARGV id, ageing_ms -> jobs ahead, mean service ms, slots; -1 ahead: it is not waiting
+local mean, offered = redis.call('HGET', stats, 'service_ms') or '', 0
+for _, n in ipairs(redis.call('HVALS', slots)) do offered = offered + n end
+local score = redis.call('ZSCORE', order, ARGV[1])
+if not score then return {-1, mean, offered} end
+local level = math.floor(score / B)
+local ahead = redis.call('ZCOUNT', order, fmt(level * B), '(' .. fmt(tonumber(score)))
+local arrived = redis.call('ZSCORE', ages, ARGV[1]) - level * B
+for other = 0, 20 do
+  if other ~= level then
+    local upto = arrived + (level - other) * ARGV[2]
+    if upto >= B then upto = B - 1 end
+    if upto > 0 then ahead = ahead + redis.call('ZCOUNT', ages, fmt(other * B), '(' .. fmt(other * B + upto)) end
+  end
+end
+return {ahead, mean, offered}
+""",
+)
+
+_CENSUS = Script(
+    "census",
+    _PRELUDE
+    + """
+-- waiting per level, running, replicas with slots, mean service ms, served
+local waiting = {}
+for level = 0, 20 do
+  waiting[level + 1] = redis.call('ZCOUNT', order, fmt(level * B), '(' .. fmt((level + 1) * B))
+end
+return {waiting, redis.call('HVALS', claims), redis.call('HGETALL', slots),
+        redis.call('HGET', stats, 'service_ms') or '', redis.call('HGET', stats, 'served') or '0'}
+""",
+)
+
+
+class Standing(NamedTuple):
+    """Where a job stands in its queue."""
+
+    ahead: int | None
+    """Jobs that will be served before it; None when it does not wait."""
+    service_s: float | None
+    """Mean time a slot is busy with one job; None before the first was measured."""
+    slots: int
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until its turn comes, from the measured service rate; None while nothing is known."""
+        if self.ahead is None or self.service_s is None or not self.slots:
+            return None
+        return round((self.ahead + 1) * self.service_s / self.slots, 3)
+
+
+class Pulse(NamedTuple):
+    """What a heartbeat brings back."""
+
+    now_ms: int
+    taken_back: int
+    """Jobs of lapsed replicas that wait again."""
+    overdue: list[str]
+    """Waiting jobs whose own deadline has passed."""
+    cancelled: list[str]
+
+
+class Census(NamedTuple):
+    waiting: dict[Lane, int]
+    running: dict[str, int]
+    """Claims by replica."""
+    slots: dict[str, int]
+    """Slots by living replica."""
+    service_s: float | None
+    served: int
+
+
+class Lanes:
+    """The waiting and running jobs of one pool."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        keys: Keys,
+        pool: str,
+        *,
+        ageing_s: float,
+        max_waiting: int,
+        ttl_s: float,
+        retention_s: float,
+    ) -> None:
+        self.pool = pool
+        self._pipeline = pipeline
+        self._keys = keys.queue(pool)
+        self._wake = keys.wake
+        self._ageing_ms = int(ageing_s * 1000)
+        self._max_waiting = max_waiting
+        self._ttl_ms = int(ttl_s * 1000)
+        self._retention_ms = int(max(retention_s, ttl_s) * 1000)
+
+    async def push(self, job: Job) -> bool:
+        """Puts an accepted job in line; repeating it changes nothing. False when the queue is full."""
+        reply = await self._pipeline.run(
+            _PUSH,
+            self._keys,
+            job.id,
+            MAX_PRIORITY - job.priority,
+            job.principal.replace("|", "%7C"),
+            self._max_waiting,
+            self._ttl_ms,
+            "" if job.expires_at is None else int(job.expires_at * 1000),
+            self._retention_ms,
+            self._wake,
+            self.pool,
+        )
+        return bool(reply[0])
+
+    async def claim(self, replica: str, count: int) -> list[str]:
+        """Takes up to ``count`` jobs, most urgent first."""
+        found = await self._pipeline.run(_CLAIM, self._keys, replica, count, self._ageing_ms, self._ttl_ms)
+        return [raw.decode() for raw in found]
+
+    async def settle(self, job_id: str, replica: str) -> None:
+        """Gives back the claim of a job that needs no more work."""
+        await self._pipeline.run(_SETTLE, self._keys, job_id, replica, self._ttl_ms)
+
+    async def release(self, job_id: str, replica: str) -> None:
+        """Hands a claimed job to whoever claims next; it goes to the front of its level."""
+        await self._pipeline.run(_RELEASE, self._keys, job_id, replica, self._ttl_ms, self._wake, self.pool)
+
+    async def remove(self, job_id: str) -> bool:
+        """Takes a job that has ended out of the line; True when it was still waiting."""
+        return bool(await self._pipeline.run(_REMOVE, self._keys, job_id, self._ttl_ms))
+
+    async def heartbeat(self, replica: str, slots: int, lease_s: float, cancelled_since_ms: int) -> Pulse:
+        """Renews the lease of all claims of a replica and takes back those of lapsed ones."""
+        now, taken, overdue, cancelled = await self._pipeline.run(
+            _HEARTBEAT, self._keys, replica, slots, int(lease_s * 1000), self._ttl_ms, cancelled_since_ms
+        )
+        return Pulse(int(now), taken, [raw.decode() for raw in overdue], [raw.decode() for raw in cancelled])
+
+    async def leave(self, replica: str) -> None:
+        """Ends a replica's lease at once."""
+        await self._pipeline.run(_LEAVE, self._keys, replica, self._wake, self.pool)
+
+    async def claimed_by(self, replica: str) -> set[str]:
+        """Ids of the jobs that a replica holds according to the store."""
+        flat: list[bytes] = await self._pipeline.call("HGETALL", self._keys[QUEUE_PARTS.index("claims")])
+        own = f"{replica}|".encode()
+        return {job.decode() for job, claim in zip(flat[::2], flat[1::2], strict=True) if claim.startswith(own)}
+
+    async def standing(self, job_id: str) -> Standing:
+        """Position and measured service rate."""
+        ahead, mean, slots = await self._pipeline.run(_POSITION, self._keys, job_id, self._ageing_ms)
+        return Standing(None if ahead < 0 else ahead, _seconds(mean), int(slots))
+
+    async def census(self) -> Census:
+        """Counts for ``/stats``."""
+        levels, claims, slots, mean, served = await self._pipeline.run(_CENSUS, self._keys)
+        waiting: dict[Lane, int] = dict.fromkeys(LANES, 0)
+        for level, count in enumerate(levels):
+            waiting[lane_of(MAX_PRIORITY - level)] += count
+        running: dict[str, int] = {}
+        for claim in claims:
+            owner = claim.decode().rsplit("|", 1)[0]
+            running[owner] = running.get(owner, 0) + 1
+        offered = {name.decode(): int(count) for name, count in zip(slots[::2], slots[1::2], strict=True)}
+        return Census(waiting, running, offered, _seconds(mean), int(served))
+
+    async def recent(self, limit: int) -> list[str]:
+        """Ids of the pool's jobs, newest first."""
+        found: list[Any] = await self._pipeline.call(
+            "ZRANGE", self._keys[QUEUE_PARTS.index("index")], 0, limit - 1, "REV"
+        )
+        return [raw.decode() for raw in found]
+
+
+def _seconds(mean_ms: bytes) -> float | None:
+    return float(mean_ms) / 1000 if mean_ms else None

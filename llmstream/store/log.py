@@ -1,0 +1,82 @@
+"""The log of each job: append, read, follow from any position."""
+
+from __future__ import annotations
+
+from llmstream.store.channel import Channel
+from llmstream.store.entry import Entry, decode_entry
+from llmstream.store.follower import PAGE, Follower
+from llmstream.store.jobs import Begun, Ended, Jobs
+from llmstream.store.keys import Keys
+from llmstream.store.pipeline import Pipeline
+from llmstream.store.tail import Tail
+from llmstream.store.writer import Writer
+from llmstream.types import BEGINNING, EventId
+
+
+class Log:
+    """All logs that this process writes or follows.
+
+    ``writes`` carries appends, ``reads`` carries history, so that a long replay delays nobody's tokens.
+    """
+
+    def __init__(
+        self, writes: Pipeline, reads: Pipeline, jobs: Jobs, keys: Keys, tail: Tail, *, outage_s: float
+    ) -> None:
+        self._writes = writes
+        self._reads = reads
+        self._jobs = jobs
+        self._keys = keys
+        self._tail = tail
+        self._outage_s = outage_s
+        self._channels = tail.channels
+
+    def writer(self, begun: Begun) -> Writer:
+        """The writer of an attempt that has begun. Close it when the attempt is over."""
+        job_id = begun.job.id
+        channel = self._channels.get(job_id)
+        if channel is None:
+            channel = self._channels[job_id] = Channel(job_id, begun.previous)
+        channel.owned = True
+        self._tail.unwatch(channel)
+        channel.publish(begun.entry, begun.previous)
+        return Writer(
+            self._writes,
+            self._keys.log(job_id),
+            channel,
+            self._jobs,
+            begun.attempt,
+            outage_s=self._outage_s,
+            on_close=self._disown,
+        )
+
+    def _disown(self, channel: Channel) -> None:
+        channel.owned = False
+        self._release(channel)
+        self._tail.watch(channel)
+
+    def note_end(self, job_id: str, ended: Ended) -> None:
+        """Shows followers in this process a terminal entry that was written by ``Jobs.end``."""
+        channel = self._channels.get(job_id)
+        if channel is not None and ended.entry is not None:
+            channel.publish(ended.entry, ended.previous)
+
+    async def read(self, job_id: str, after: EventId = BEGINNING, limit: int = PAGE) -> list[Entry]:
+        """Reads up to ``limit`` entries behind a position from the store; an empty list at the end of the log."""
+        start = "-" if after == BEGINNING else f"({after}"
+        raw = await self._reads.call("XRANGE", self._keys.log(job_id), start, "+", "COUNT", limit)
+        return [decode_entry(entry_id, fields).after(after) for entry_id, fields in raw]
+
+    def follow(self, job_id: str, after: EventId = BEGINNING, *, newborn: bool = False) -> Follower:
+        """Follows a log from behind ``after``; use it as a context manager and iterate.
+
+        ``newborn`` says that the job is only being created: its log is known to be empty and needs no look-up.
+        """
+        channel = self._channels.get(job_id)
+        known = newborn or (channel is not None and channel.holds(after))
+        if channel is None:
+            channel = self._channels[job_id] = Channel(job_id, after)
+        return Follower(self, self._jobs, self._tail, channel, after, known=known, on_close=self._release)
+
+    def _release(self, channel: Channel) -> None:
+        if not channel.followers and not channel.owned and self._channels.get(channel.job_id) is channel:
+            del self._channels[channel.job_id]

@@ -1,0 +1,164 @@
+"""Group commit: all commands of the process share one connection and travel in batches.
+
+While one batch is on its way the next gathers, so a lone command costs one round trip and a thousand cost little more.
+No timers, no per-client connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from redis import exceptions
+
+from llmstream.errors import LLMStreamError, StoreError, StoreUnavailable
+from llmstream.store.connection import Connect, Connection
+
+Arg = bytes | str | int | float
+Command = tuple[Arg, ...]
+Settle = Callable[[Any, Exception | None], None]
+"""Called with the reply, or with the error that came instead of it."""
+
+MAX_WAITING = 100_000
+MAX_BATCH = 1_000
+
+# Replies that say "not now", as opposed to "never".
+_TRANSIENT = ("OOM", "LOADING", "MISCONF", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS")
+
+
+class Script:
+    """A Lua script, sent by digest and in full only where the server does not know it."""
+
+    def __init__(self, name: str, source: str) -> None:
+        self.name = name
+        self.source = source
+        self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+
+class Pipeline:
+    """One connection to the store that carries everybody's commands in order.
+
+    Errors: StoreUnavailable when the server cannot be reached, does not answer in time, or refuses writes for now (the
+    command may or may not have happened); StoreError when it says that the command itself is wrong.
+    """
+
+    def __init__(self, connect: Connect, timeout_s: float, name: str) -> None:
+        self._connect = connect
+        self._timeout_s = timeout_s
+        self._name = name
+        self._waiting: list[tuple[Command | Callable[[], Command], Settle]] = []
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._connection: Connection | None = None
+        self._closing = False
+
+    async def open(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"store-{self._name}")
+
+    async def close(self) -> None:
+        """Sends what is waiting, within the command deadline, then closes."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=self._timeout_s)
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._drop()
+
+    def defer(self, command: Command | Callable[[], Command], settle: Settle) -> None:
+        """Queues a command, or a function that makes it at the moment of sending; ``settle`` gets the outcome."""
+        if self._closing:
+            settle(None, StoreUnavailable("The store connection is closed; this replica is shutting down."))
+        elif len(self._waiting) >= MAX_WAITING:
+            settle(None, StoreUnavailable("Too many commands wait for the store; try again later.", retry_after=1))
+        else:
+            self._waiting.append((command, settle))
+            self._wake.set()
+
+    def call(self, *command: Arg) -> asyncio.Future[Any]:
+        """Sends one command; the future resolves to its raw reply."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def settle(reply: Any, error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(reply)
+            else:
+                future.set_exception(error)
+
+        self.defer(command, settle)
+        return future
+
+    async def run(self, script: Script, keys: Sequence[str], *args: Arg) -> Any:
+        """Runs a script atomically on keys of one hash slot."""
+        try:
+            return await self.call("EVALSHA", script.sha, len(keys), *keys, *args)
+        except StoreError as error:
+            if not error.message.startswith("NOSCRIPT"):
+                raise
+        return await self.call("EVAL", script.source, len(keys), *keys, *args)
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+                await self._send(batch)
+            if self._closing:
+                return
+
+    async def _send(self, batch: list[tuple[Command | Callable[[], Command], Settle]]) -> None:
+        settled = 0
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                connection = self._connection
+                if connection is None or not connection.is_connected:
+                    connection = self._connection = self._connection or self._connect()
+                    await connection.connect()
+                commands = [command() if callable(command) else command for command, _ in batch]
+                await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+                for _, settle in batch:
+                    reply, error = await self._reply(connection)
+                    settled += 1
+                    settle(reply, error)
+        except (exceptions.RedisError, OSError, TimeoutError) as error:
+            await self._drop()
+            lost = StoreUnavailable(f"The store does not answer ({type(error).__name__}: {error}).", retry_after=1)
+            for _, settle in batch[settled:]:
+                settle(None, lost)
+        except asyncio.CancelledError:
+            closed = StoreUnavailable("The store connection was closed before the answer came.")
+            for _, settle in batch[settled:]:
+                settle(None, closed)
+            raise
+
+    async def _reply(self, connection: Connection) -> tuple[Any, LLMStreamError | None]:
+        try:
+            return await connection.read_response(disable_decoding=True), None
+        except exceptions.BusyLoadingError as error:
+            return None, StoreUnavailable(f"The store is loading its data ({error}).", retry_after=1)
+        except (exceptions.ResponseError, exceptions.ReadOnlyError) as error:
+            text = _original(error)
+            if text.startswith(_TRANSIENT) or "OOM" in text or "MISCONF" in text:
+                return None, StoreUnavailable(f"The store refuses writes ({text}).", retry_after=1)
+            return None, StoreError(text)
+
+    async def _drop(self) -> None:
+        if self._connection is not None:
+            await self._connection.disconnect(nowait=True)
+
+
+def _original(error: exceptions.RedisError) -> str:
+    """The server's words; redis-py strips the code of errors that it has a class for."""
+    text = str(error)
+    if isinstance(error, exceptions.NoScriptError):
+        return f"NOSCRIPT {text}"
+    if isinstance(error, exceptions.OutOfMemoryError):
+        return f"OOM {text}"
+    if isinstance(error, exceptions.ReadOnlyError):
+        return f"READONLY {text}"
+    return text

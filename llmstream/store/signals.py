@@ -1,0 +1,72 @@
+"""Wake-ups between replicas. They only save time: whoever misses one finds out at its next heartbeat or append."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from redis import exceptions
+
+from llmstream.store.connection import Connect, Connection
+from llmstream.store.keys import Keys
+
+SILENCE_S = 10.0
+"""A subscription that says nothing for so long is asked whether it lives."""
+
+
+class Signals:
+    """One connection that listens for new work and for cancellations."""
+
+    def __init__(self, connect: Connect, keys: Keys) -> None:
+        self.on_work: Callable[[str], None] | None = None
+        """Gets the name of a pool with new work."""
+        self.on_cancel: Callable[[str], None] | None = None
+        """Gets the id of a job that has just been ended from outside."""
+        self._connect = connect
+        self._wake = keys.wake.encode()
+        self._cancel = keys.cancel.encode()
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="store-signals")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        delay = 0.05
+        while True:
+            connection = self._connect()
+            try:
+                await connection.connect()
+                await connection.send_command("SUBSCRIBE", self._wake, self._cancel)
+                delay = 0.05
+                await self._listen(connection)
+            except (exceptions.RedisError, OSError, TimeoutError):
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 1.0)
+            finally:
+                await connection.disconnect(nowait=True)
+
+    async def _listen(self, connection: Connection) -> None:
+        unanswered = False
+        while True:
+            message = await connection.read_response(
+                disable_decoding=True, timeout=SILENCE_S, disconnect_on_error=False, push_request=True
+            )
+            if message is None:
+                if unanswered:
+                    raise TimeoutError("the subscription does not answer")
+                unanswered = True
+                await connection.send_command("PING", check_health=False)
+                continue
+            unanswered = False
+            kind, channel, data = message[0], message[1], message[-1]
+            if kind != b"message":
+                continue
+            if channel == self._wake and self.on_work is not None:
+                self.on_work(data.decode())
+            elif channel == self._cancel and self.on_cancel is not None:
+                self.on_cancel(data.decode())

@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr, ValidationError
+
+from llmstream.config import (
+    DeadlineSettings,
+    LoggingSettings,
+    ModelSettings,
+    ProviderSettings,
+    SchedulerSettings,
+    ServerSettings,
+    Settings,
+    StoreSettings,
+    describe,
+    load,
+    print_config,
+)
+from llmstream.errors import ConfigError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return tmp_path / "llmstream.yaml"
+
+
+def refusal(file: Path | None = None, env: Mapping[str, str] | None = None, **flags: Any) -> str:
+    with pytest.raises(ConfigError) as refused:
+        load(file, env or {}, {name.replace("__", "."): value for name, value in flags.items()})
+    return str(refused.value)
+
+
+def test_defaults_need_nothing() -> None:
+    """Without any source the settings are the defaults, listening on loopback only."""
+    settings = load(env={})
+    assert settings == Settings()
+    assert settings.server.host == "127.0.0.1"
+
+
+def test_each_layer_overrides_the_one_below(config: Path) -> None:
+    """Flags win over the environment, the environment over the file, the file over the defaults."""
+    config.write_text("server: {port: 1, ping_s: 1, max_body_bytes: 2000}\n")
+    env = {"SERVER__PORT": "2", "SERVER__PING_S": "2"}
+    server = load(config, env, {"server.port": 3, "server.host": None}).server
+    assert (server.port, server.ping_s, server.max_body_bytes, server.host) == (3, 2.0, 2000, "127.0.0.1")
+
+
+def test_a_wrong_value_does_not_matter_when_a_higher_layer_replaces_it(config: Path) -> None:
+    """Only the winning value of a setting is checked."""
+    config.write_text("server: {port: nonsense}\n")
+    assert load(config, {"PORT": "80"}).server.port == 80
+
+
+def test_the_environment_names_the_file(config: Path) -> None:
+    """LLMSTREAM_CONFIG is read when no file is given, and a given file wins over it."""
+    config.write_text("server: {port: 7}\n")
+    assert load(env={"LLMSTREAM_CONFIG": str(config)}).server.port == 7
+    other = config.with_name("other.yaml")
+    other.write_text("")
+    assert load(other, {"LLMSTREAM_CONFIG": str(config)}).server.port == 8000
+
+
+@pytest.mark.parametrize(
+    ("env", "port"),
+    [
+        ({"PORT": "1"}, 1),
+        ({"PORT": "1", "SERVER__PORT": "2"}, 2),
+        ({"PORT": "1", "SERVER__PORT": "2", "LLMSTREAM_SERVER__PORT": "3"}, 3),
+        ({"PORT": "1", "LLMSTREAM_PORT": "4"}, 4),
+        ({"SERVER__PORT": ""}, 8000),
+    ],
+)
+def test_the_more_specific_variable_wins(env: dict[str, str], port: int) -> None:
+    """The longer spelling of a setting wins over the shorter one; an empty variable counts as absent."""
+    assert load(env=env).server.port == port
+
+
+def test_variables_reach_named_sections(config: Path) -> None:
+    """A variable makes a model or provider, or changes the one of the file whose name it spells."""
+    config.write_text("models: {Qwen2.5-0.5B: {slots: 2}, tiny: }\n")
+    env = {
+        "MODELS__QWEN2_5_0_5B__CONTEXT": "512",
+        "MODELS__TINY__ENGINE": "echo",
+        "MODELS__NEW__TOKENS": "5",
+        "PROVIDERS__OPENAI__BASE_URL": "https://api.openai.com/v1",
+        "PROVIDERS__OPENAI__MODELS": "gpt-a, gpt-b",
+        "REDIS_URL": "redis://localhost/1",
+        "DATA_DIR": "/data",
+    }
+    settings = load(config, env)
+    assert settings.models == {
+        "Qwen2.5-0.5B": ModelSettings(slots=2, context=512),
+        "tiny": ModelSettings(engine="echo"),
+        "new": ModelSettings(tokens=5),
+    }
+    assert settings.providers["openai"].models == ["gpt-a", "gpt-b"]
+    assert settings.store.url == SecretStr("redis://localhost/1")
+    assert settings.data_dir == Path("/data")
+
+
+def test_flags_reach_names_with_dots() -> None:
+    """A dotted flag finds the model's name between section and key."""
+    assert load(env={}, flags={"models.qwen2.5.slots": 3}).models == {"qwen2.5": ModelSettings(slots=3)}
+
+
+def test_unrelated_variables_are_ignored() -> None:
+    """What other programs and Kubernetes put into the environment does no harm."""
+    env = {
+        "PATH": "/bin",
+        "Logging__LogLevel__Default": "Information",
+        "SEVER__PORT": "1",
+        "LLMSTREAM_PORT": "tcp://10.0.0.1:8000",
+        "LLMSTREAM_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "LLMSTREAM_SERVICE_HOST": "10.0.0.1",
+    }
+    assert load(env=env) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"SERVER__PROT": "1"}, "SERVER__PROT: server.prot: unknown setting; did you mean 'port'? known: host, port"),
+        ({"MODELS__TINY__SLOTZ": "1"}, "models.tiny.slotz: unknown setting; did you mean 'slots'?"),
+        ({"MODELS__TINY": "1"}, "MODELS__TINY: models.tiny: set one of source, engine"),
+        ({"SERVER__PORT__X": "1"}, "server.port holds a value, nothing is below it"),
+        ({"LLMSTREAM_SEVER__PORT": "1"}, "LLMSTREAM_SEVER__PORT: unknown variable; did you mean LLMSTREAM_SERVER__"),
+        ({"LLMSTREAM_DATADIR": "x"}, "did you mean LLMSTREAM_DATA_DIR?"),
+        ({"SERVER__PORT": "70000"}, "server.port = '70000' (environment variable SERVER__PORT): expected an integer"),
+        ({"STORE__SYNC": "never"}, "store.sync = 'never' (environment variable STORE__SYNC): expected one of everysec"),
+        ({"SERVER__PING_S": "nan"}, "expected a number above 0"),
+        ({"DEADLINES__TOTAL_S": "inf"}, "expected a number above 0"),
+        ({"STORE__PREFIX": "a:b"}, "expected text that matches"),
+        ({"LLMSTREAM_CONFIG": "/nowhere.yaml"}, "/nowhere.yaml: the configuration file cannot be read: No such file"),
+    ],
+)
+def test_variables_are_checked(env: dict[str, str], message: str) -> None:
+    """A wrong variable's error names it, the value, and what is allowed or was meant."""
+    assert message in refusal(env=env)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("server:\n  prot: 1\n", ":2: server.prot: unknown setting; did you mean 'port'?"),
+        ("sever: {}\n", ":1: sever: unknown setting; did you mean 'server'?"),
+        ("models:\n  a:\n    slot: 1\n", ":3: models.a.slot: unknown setting; did you mean 'slots'?"),
+        ("server:\n  port: 1\n  port: 2\n", ":3: 'port' is here twice; it was set on line 2 before"),
+        ("models:\n  a:\n  b:\n  a:\n", ":4: 'a' is here twice"),
+        ("server: 5\n", ":1: server must be a mapping with keys such as host, port"),
+        ("- a\n", ":1: the file must be a mapping with keys such as data_dir, server"),
+        ("server: {port: [\n", ":2: not valid YAML:"),
+        ("server:\n  port: eighty\n", "server.port = 'eighty' ({file}:2): expected an integer from 0 to 65535"),
+        ("server:\n  port: yes\n", "server.port = True ({file}:2): expected an integer"),
+        ("server:\n  port:\n", "server.port = null ({file}:2): expected an integer"),
+        ("server:\n  host: !!python/name:os.system\n", ":2: not valid YAML: could not determine a constructor"),
+        ("providers: {a: {}}\n", "providers.a.base_url is required: Root of an OpenAI-compatible API"),
+        ("providers:\n  a: {base_url: ftp://x}\n", "providers.a.base_url = 'ftp://x' ({file}:2): expected an http://"),
+        (
+            "providers:\n  a: {base_url: 'http://h', models: [1]}\n",
+            "providers.a.models = [1] ({file}:2): expected a list",
+        ),
+        ("data_dir: ~nobody-here/x\n", "data_dir = '~nobody-here/x' ({file}:1): expected a path; the home directory"),
+    ],
+)
+def test_the_file_is_checked(config: Path, text: str, message: str) -> None:
+    """An error in the file names file and line, the key, the value, and what is allowed or was meant."""
+    config.write_text(text)
+    assert message.replace("{file}", str(config)) in refusal(config)
+
+
+def test_a_file_that_is_no_text_is_refused(config: Path) -> None:
+    """Bytes that are no text give an error that names the file."""
+    config.write_bytes(b"server: \xff\xfe\n")
+    assert f"{config}: not valid YAML" in refusal(config)
+
+
+def test_flags_are_checked() -> None:
+    """A wrong flag's error says that it came from the command line."""
+    assert "server.port = -1 (command line): expected an integer" in refusal(server__port=-1)
+    assert "command line: server.pot: unknown setting; did you mean 'port'?" in refusal(server__pot=1)
+
+
+def test_all_errors_come_at_once(config: Path) -> None:
+    """One ConfigError lists what is wrong in every source."""
+    config.write_text("sever: {}\nstore: {connections: 1}\n")
+    lines = refusal(config, {"SERVER__PORT": "x", "LOGGING__LEVLE": "INFO"}, server__ping_s=0).splitlines()
+    assert len(lines) == 1 + 5
+
+
+def test_yaml_aliases_and_merges_work(config: Path) -> None:
+    """A merged mapping is a default that the mapping's own keys override."""
+    config.write_text("models:\n  a: &a {slots: 2, context: 64}\n  b: {<<: *a, slots: 3}\n")
+    assert load(config, {}).models["b"] == ModelSettings(slots=3, context=64)
+
+
+def test_log_levels_in_any_case() -> None:
+    """The level can be written in lower case."""
+    assert load(env={"LOGGING__LEVEL": "debug"}).logging.level == "DEBUG"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "", "::", "example.com"])
+def test_other_machines_are_refused_without_keys(host: str) -> None:
+    """Only loopback addresses can be listened on, also when the settings are built directly."""
+    if host:
+        assert f"server.host = {host!r}: other machines could use this server without a key" in refusal(
+            server__host=host
+        )
+    with pytest.raises(ValidationError, match="without a key"):
+        Settings(server=ServerSettings(host=host))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_is_allowed(host: str) -> None:
+    """Every spelling of this machine itself is accepted."""
+    assert load(env={"SERVER__HOST": host}).server.host == host
+
+
+def test_contradictions_are_refused() -> None:
+    """Settings that cannot work together are named, all of them."""
+    env = {
+        "SCHEDULER__LEASE_S": "400",
+        "STORE__UNFINISHED_RETENTION_S": "10",
+        "MODELS__X__ENGINE": "echo",
+        "PROVIDERS__X__BASE_URL": "http://h",
+    }
+    message = refusal(env=env, **{"models__{a}__engine": "echo"})
+    assert "scheduler.lease_s = 400: a dead replica's jobs would pass deadlines.total_s = 300" in message
+    assert "store.unfinished_retention_s = 10: running jobs would be forgotten" in message
+    assert "models.x, providers.x: a local model and a provider share this name" in message
+    assert "the name '{a}' is not allowed" in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://host", "host:6379", "redis://", "redis://u:p/a@host", "redis://u:p#a@host", "redis://h:port", "unix://x"],
+)
+def test_store_urls_are_checked_without_showing_them(url: str) -> None:
+    """A URL the client could not use is refused; the message shows what is expected, not what was given."""
+    message = refusal(env={"REDIS_URL": url})
+    assert "store.url = ******** (environment variable REDIS_URL): expected redis://, rediss:// or unix://" in message
+    assert url not in message
+
+
+def test_secrets_can_be_references(config: Path, tmp_path: Path) -> None:
+    """env:NAME and file:PATH stand for a secret kept elsewhere; a relative path starts at the configuration file."""
+    (tmp_path / "key").write_text("from-file\n")
+    config.write_text(
+        "store: {url: 'env:URL'}\n"
+        "providers:\n"
+        "  a: {base_url: 'http://a', api_key: 'file:key'}\n"
+        "  b: {base_url: 'http://b', api_key: 'plain'}\n"
+    )
+    settings = load(config, {"URL": "redis://h", "PROVIDERS__B__API_KEY": f"file:{tmp_path / 'key'}"})
+    assert settings.store.url == SecretStr("redis://h")
+    assert [provider.api_key for provider in settings.providers.values()] == [SecretStr("from-file")] * 2
+
+
+def test_broken_references_are_errors(tmp_path: Path) -> None:
+    """A reference to nothing names the setting and what it refers to."""
+    (tmp_path / "empty").touch()
+    env = {
+        "STORE__URL": "env:NOT_SET",
+        "PROVIDERS__A__BASE_URL": "http://a",
+        "PROVIDERS__A__API_KEY": "file:/nowhere",
+        "PROVIDERS__B__BASE_URL": "http://b",
+        "PROVIDERS__B__API_KEY": f"file:{tmp_path / 'empty'}",
+    }
+    message = refusal(env=env)
+    assert (
+        "store.url = env:NOT_SET (environment variable STORE__URL): the environment variable NOT_SET is not" in message
+    )
+    assert "providers.a.api_key = file:/nowhere" in message
+    assert "the file cannot be read: No such file" in message
+    assert "the file is empty" in message
+
+
+def test_no_secret_is_shown(config: Path) -> None:
+    """Neither errors nor the printed configuration show a key or password."""
+    config.write_text(
+        "store: {url: 'rediss://user:hunter2@h:1/0?ssl_password=hunter2&db=1'}\n"
+        "providers:\n  a: {base_url: 'https://user:hunter2@h/v1', api_key: hunter2}\n"
+    )
+    printed = print_config(load(config, {}))
+    assert "hunter2" not in printed
+    assert "url: rediss://user:********@h:1/0?ssl_password=********&db=1" in printed
+    assert "base_url: https://user:********@h/v1" in printed
+    config.write_text("providers:\n  a: {base_url: 'ftp://user:hunter2@h/v1', api_kye: hunter2, api_key: [hunter2]}\n")
+    assert "hunter2" not in refusal(config)
+
+
+def test_every_setting_is_described() -> None:
+    """Each setting has a key, a default, a meaning and what it allows; defaults are what the models say."""
+    rows = {row.key: row for row in describe()}
+    assert rows["server.port"][:4] == (
+        "server.port",
+        "8000",
+        "TCP port; 0 picks a free one.",
+        "an integer from 0 to 65535",
+    )
+    assert rows["models.NAME.context"].allowed == "an integer of at least 32 or null"
+    assert rows["providers.NAME.base_url"].default == "required"
+    assert rows["store.url"].secret
+    assert all(row.meaning and row.allowed and row.default for row in rows.values())
+
+
+def test_importing_settings_loads_no_server_and_no_client() -> None:
+    """Configuration and logging need neither redis nor aiohttp."""
+    code = "import sys, llmstream.config, llmstream.telemetry; print({'redis', 'aiohttp', 'openai'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def positive(least: float = 0.001, most: float = 1e9) -> st.SearchStrategy[float]:
+    return st.floats(least, most)
+
+
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,20}", fullmatch=True)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+models = st.builds(
+    ModelSettings,
+    source=text,
+    engine=st.sampled_from(["llamacpp", "ctransformers", "echo"]),
+    slots=st.integers(1, 256),
+    context=st.none() | st.integers(32),
+    model_type=st.none() | text,
+    system_prompt=st.none() | text,
+    delay_ms=st.floats(0, 1e6),
+)
+providers = st.builds(
+    ProviderSettings,
+    base_url=st.sampled_from(["http://localhost:1/v1", "https://api.openai.com/v1"]),
+    models=st.lists(text, max_size=3),
+    connect_timeout_s=positive(),
+    api_key=st.none(),
+    continue_by=st.sampled_from(["none", "assistant_prefill"]),
+)
+
+
+@st.composite
+def any_settings(draw: st.DrawFn) -> Settings:
+    by_name = draw(st.dictionaries(names, models | providers, max_size=4))
+    return Settings(
+        data_dir=Path("/") / draw(text),
+        server=ServerSettings(port=draw(st.integers(0, 65535)), ping_s=draw(positive())),
+        store=StoreSettings(
+            url=draw(st.none() | st.just(SecretStr("redis://h:1/2"))), unfinished_retention_s=draw(positive(1e6))
+        ),
+        scheduler=SchedulerSettings(lease_s=draw(positive(0.2, 2)), max_waiting=draw(st.integers(1))),
+        deadlines=DeadlineSettings(total_s=draw(positive(0.001, 1e6))),
+        models={name: entry for name, entry in by_name.items() if isinstance(entry, ModelSettings)},
+        providers={name: entry for name, entry in by_name.items() if isinstance(entry, ProviderSettings)},
+        logging=LoggingSettings(format=draw(st.sampled_from(["console", "json"]))),
+    )
+
+
+@given(settings=any_settings())
+def test_printed_settings_load_again(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever settings are valid, their printed form loads to the same settings."""
+    file = tmp_path_factory.getbasetemp() / "printed.yaml"
+    file.write_text(print_config(settings), encoding="utf-8")
+    assert load(file, {}) == settings
+
+
+def test_printed_secrets_load_as_masks(config: Path) -> None:
+    """Apart from the secrets a printed configuration with secrets loads to the same settings, too."""
+    env = {"REDIS_URL": "redis://u:p@h/0", "PROVIDERS__A__BASE_URL": "http://a", "PROVIDERS__A__API_KEY": "k"}
+    printed = print_config(load(env=env))
+    config.write_text(printed)
+    assert print_config(load(config, {})) == printed
