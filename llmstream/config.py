@@ -222,7 +222,8 @@ def load(
 
 def print_config(settings: Settings) -> str:
     """Renders settings as YAML that :func:`load` reads again, secrets masked."""
-    return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
+    # Pure ASCII, because PyYAML does not read back every Unicode line break that it writes.
+    return yaml.safe_dump(plain(settings), sort_keys=False)
 
 
 def describe() -> list[Setting]:

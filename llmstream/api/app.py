@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 
 from aiohttp import web
 
 from llmstream.api import chat, health, openai
-from llmstream.api.keys import GATEWAY, PING_S, STREAMS
+from llmstream.api.keys import GATEWAY, PING_S, STREAMS, Streams
 from llmstream.api.middleware import errors, on_prepare
 from llmstream.config import Settings
 from llmstream.gateway import Gateway, open_gateway
@@ -20,7 +19,7 @@ def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.App
     The gateway (store, models, scheduler) starts and ends with the application, unless an open one is given.
     """
     app = web.Application(middlewares=[errors], client_max_size=settings.server.max_body_bytes)
-    app[STREAMS] = set()
+    app[STREAMS] = Streams()
     app[PING_S] = settings.server.ping_s
     for family in (openai, chat, health):
         app.add_routes(family.routes)
@@ -43,7 +42,4 @@ def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.App
 async def _shut_down(app: web.Application) -> None:
     """Ends or hands over the jobs first, then the streams: clients reconnect and read on elsewhere."""
     await app[GATEWAY].close()
-    streams = list(app[STREAMS])
-    for task in streams:
-        task.cancel()
-    await asyncio.gather(*streams, return_exceptions=True)
+    await app[STREAMS].close()

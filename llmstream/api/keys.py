@@ -9,7 +9,27 @@ from aiohttp import web
 
 from llmstream.gateway import Gateway
 
+
+class Streams:
+    """Handlers that hold a stream open."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def add(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.add(task)
+
+    def discard(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+
+    async def close(self) -> None:
+        """Ends every open stream, so that its client reconnects elsewhere."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 GATEWAY = web.AppKey("gateway", Gateway)
-STREAMS = web.AppKey[set[asyncio.Task[Any]]]("streams")
-"""Handlers that hold a stream open; a shutdown ends them so that their clients reconnect elsewhere."""
+STREAMS = web.AppKey("streams", Streams)
 PING_S = web.AppKey("ping_s", float)

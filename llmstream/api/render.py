@@ -48,6 +48,8 @@ class NativeFormat:
         if isinstance(data, Finished) and data.usage is not None:
             usage = b"data: " + _json({"type": "usage", **usage_body(data.usage)}) + b"\n\n"
             return usage + _frame(event, _native_finished(data))
+        if isinstance(data, Delta) and not (data.text or data.fields):
+            return b""  # only says why the answer ended; "complete" follows
         return _frame(event, _native(event.id.attempt, data))
 
 

@@ -181,6 +181,7 @@ class EmbeddedStore:
             "save": "",
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
+            "shutdown-on-sigterm": "force",
         }
         command = [str(self._binary), *(word for key, value in options.items() for word in (f"--{key}", value))]
         if sys.platform == "linux" and sys.executable:

@@ -5,7 +5,7 @@
 {prefix}:{s:SESSION}:jobs   zset    the jobs of a session by creation time
 {prefix}:{q:POOL}:order     zset    waiting jobs by level and turn: the order of service inside a level
 {prefix}:{q:POOL}:ages      zset    the same jobs by level and time of arrival: how urgent a level is
-{prefix}:{q:POOL}:meta      hash    job -> level|arrival|principal|deadline, while it waits or runs
+{prefix}:{q:POOL}:meta      hash    job -> level|arrival|principal|deadline|turn, while it waits or runs
 {prefix}:{q:POOL}:turns     hash    level -> turn being served, level:principal -> last turn given out
 {prefix}:{q:POOL}:claims    hash    job -> replica|claimed at
 {prefix}:{q:POOL}:replicas  zset    replica -> end of its lease

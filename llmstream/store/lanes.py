@@ -45,7 +45,7 @@ local function requeue(id)
   redis.call('HDEL', claims, id)
   if not m then return 0 end
   local part = split(m)
-  redis.call('ZADD', order, fmt(part[1] * B), id)
+  redis.call('ZADD', order, fmt(part[1] * B + part[5]), id)
   redis.call('ZADD', ages, fmt(part[1] * B + part[2]), id)
   if part[4] ~= '' then redis.call('ZADD', deadlines, part[4], id) end
   return 1
@@ -69,7 +69,7 @@ local turn = math.max(served, tonumber(redis.call('HGET', turns, field) or 0)) +
 redis.call('HSET', turns, field, turn)
 redis.call('ZADD', order, fmt(level * B + turn), id)
 redis.call('ZADD', ages, fmt(level * B + now), id)
-redis.call('HSET', meta, id, level .. '|' .. fmt(now) .. '|' .. who .. '|' .. ARGV[6])
+redis.call('HSET', meta, id, level .. '|' .. fmt(now) .. '|' .. who .. '|' .. ARGV[6] .. '|' .. fmt(turn))
 if ARGV[6] ~= '' then redis.call('ZADD', deadlines, ARGV[6], id) end
 redis.call('ZADD', index, fmt(now), id)
 redis.call('ZREMRANGEBYSCORE', index, '-inf', fmt(now - ARGV[7]))

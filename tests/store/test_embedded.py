@@ -199,7 +199,8 @@ async def test_a_leftover_server_is_ended_first(tmp_path: Path) -> None:
     lock.record(folder / "valkey.sock")
     os.close(lock._fd)
     command = [str(find_server()), "--port", "0", "--unixsocket", str(folder / "valkey.sock"), "--dir", str(folder)]
-    leftover = await asyncio.create_subprocess_exec(*command, "--appendonly", "yes", stdout=subprocess.DEVNULL)
+    command += ["--appendonly", "yes", "--save", ""]
+    leftover = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL)
     await wait_until(lambda: answers(f"unix://{folder}/valkey.sock"))
     await xadd(f"unix://{folder}/valkey.sock", "s", "from the leftover")
     async with EmbeddedStore(tmp_path) as store:

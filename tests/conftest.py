@@ -1,0 +1,58 @@
+"""Shared fixtures: a real store for each test, and a check that no key is left without a time to live."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from llmstream.config import ModelSettings, ServerSettings, Settings, StoreSettings
+from llmstream.server import Server
+from llmstream.store.store import Store, open_store
+
+
+async def assert_every_key_expires(store: Store) -> None:
+    """Fails for a key without a time to live."""
+    cursor, immortal = b"0", []
+    while True:
+        cursor, names = await store.writes.call("SCAN", cursor, "COUNT", 1000)
+        for name in names:
+            if await store.writes.call("PTTL", name) == -1:
+                immortal.append(name.decode())
+        if cursor == b"0":
+            break
+    assert not immortal, f"keys without a time to live: {immortal}"
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    async with open_store(StoreSettings(), tmp_path) as store:
+        yield store
+        await assert_every_key_expires(store)
+
+
+def echo_settings(data_dir: Path, *, slots: int = 4, port: int = 0, **sections: object) -> Settings:
+    """Settings of a server with the ``echo`` model on a free port; ``sections`` replace whole sections."""
+    given: dict[str, object] = {
+        "data_dir": data_dir,
+        "server": ServerSettings(port=port, shutdown_grace_s=2),
+        "models": {"echo": ModelSettings(engine="echo", slots=slots)},
+        **sections,
+    }
+    return Settings.model_validate(given)
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    """A real server with the echo model and a real store."""
+    async with Server(echo_settings(tmp_path)) as server:
+        yield server
+
+
+@pytest.fixture
+async def http(server: Server) -> AsyncIterator[aiohttp.ClientSession]:
+    """A client of ``server``."""
+    async with aiohttp.ClientSession(server.url) as session:
+        yield session
