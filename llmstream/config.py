@@ -64,8 +64,6 @@ class StoreSettings(Section):
     """Redis 7+/Valkey 8+ URL; without one an embedded Valkey runs in ``data_dir``. ``REDIS_URL`` sets it too."""
     prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = "llmstream"
     """Starts the name of every key."""
-    connections: Annotated[int, Field(ge=2, le=256)] = 4
-    """Connections for reads of history; the total does not depend on the number of clients."""
     timeout_s: Annotated[float, Field(gt=0)] = 5.0
     """Deadline of one command."""
     outage_s: Annotated[float, Field(ge=0)] = 30.0

@@ -15,12 +15,12 @@ from llmstream.store.store import Store, open_store
 
 async def assert_every_key_expires(store: Store) -> None:
     """Fails for a key without a time to live."""
-    cursor, immortal = b"0", []
+    cursor = b"0"
+    immortal: list[str] = []
     while True:
         cursor, names = await store.writes.call("SCAN", cursor, "COUNT", 1000)
-        for name in names:
-            if await store.writes.call("PTTL", name) == -1:
-                immortal.append(name.decode())
+        lives = [await store.writes.call("PTTL", name) for name in names]
+        immortal += [name.decode() for name, left in zip(names, lives, strict=True) if left == -1]
         if cursor == b"0":
             break
     assert not immortal, f"keys without a time to live: {immortal}"

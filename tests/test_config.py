@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -368,6 +369,7 @@ def any_settings(draw: st.DrawFn) -> Settings:
     )
 
 
+@hypothesis.settings(deadline=None)
 @given(settings=any_settings())
 @example(settings=Settings(models={"a": ModelSettings(system_prompt="~\x85")}))
 def test_printed_settings_load_again(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -155,6 +156,16 @@ async def test_the_server_ends_with_its_killed_parent(tmp_path: Path) -> None:
     await wait_until(lambda: gone(parent.server))
     async with EmbeddedStore(tmp_path) as store:
         assert await values(store.url, "s") == ["survives"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems end the leftover at the next start")
+async def test_a_server_that_cannot_write_ends_as_well(tmp_path: Path) -> None:
+    """Not even a data directory that was deleted under it keeps the server running after its parent."""
+    parent = Parent(tmp_path / "data")
+    await xadd(parent.url, "s", "lost")
+    shutil.rmtree(tmp_path / "data")
+    parent.end()
+    await wait_until(lambda: gone(parent.server))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")

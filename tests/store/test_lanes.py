@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from itertools import pairwise
 
@@ -101,20 +100,12 @@ async def test_a_lapsed_lease_frees_its_jobs(store: Store) -> None:
     await lanes.heartbeat("dead", 4, 0.02, 0)
     ids = await push(lanes, *(make_job() for _ in range(4)))
     assert await lanes.claim("dead", 2) == ids[:2]
-    await wait_until_lapsed(lanes, 2)
+
+    async def taken_back() -> bool:
+        return (await lanes.heartbeat("alive", 4, 60, 0)).taken_back == 2
+
+    await wait_until(taken_back)
     assert await lanes.claim("alive", 4) == ids
-
-
-async def wait_until_lapsed(lanes: Lanes, count: int) -> None:
-    taken = 0
-
-    async def look() -> bool:
-        nonlocal taken
-        taken += (await lanes.heartbeat("alive", 4, 60, 0)).taken_back
-        return taken == count
-
-    while not await look():
-        await asyncio.sleep(0)
 
 
 async def test_a_living_lease_keeps_its_jobs(store: Store) -> None:
