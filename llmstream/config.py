@@ -247,6 +247,8 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             f"store.unfinished_retention_s = {kept:g}: running jobs would be forgotten before "
             f"deadlines.total_s = {total:g}; keep them longer"
         )
+    if "remote" in settings.models:
+        yield "models.remote: this name stands for the pool of all remote providers; choose another"
     for name in sorted(settings.models.keys() & settings.providers.keys()):
         yield f"models.{name}, providers.{name}: a local model and a provider share this name; rename one"
     for name in [*settings.models, *settings.providers]:

@@ -189,9 +189,14 @@ def test_flags_are_checked() -> None:
     assert "command line: server.pot: unknown setting; did you mean 'port'?" in refusal(server__pot=1)
 
 
+def test_the_remote_pool_is_no_model() -> None:
+    """A local model cannot take the name under which remote jobs wait."""
+    assert "models.remote: this name stands for the pool" in refusal(None, {"MODELS__REMOTE__ENGINE": "echo"})
+
+
 def test_all_errors_come_at_once(config: Path) -> None:
     """One ConfigError lists what is wrong in every source."""
-    config.write_text("sever: {}\nstore: {connections: 1}\n")
+    config.write_text("sever: {}\nstore: {timeout_s: 0}\n")
     lines = refusal(config, {"SERVER__PORT": "x", "LOGGING__LEVLE": "INFO"}, server__ping_s=0).splitlines()
     assert len(lines) == 1 + 5
 

@@ -54,7 +54,7 @@ class CTransformersEngine:
 
     def load(self, spec: EngineSpec) -> EngineInfo:
         model = Model(spec)
-        names = {f"{key}_token": model.text_of(key) for key in ("bos", "eos", "unknown")}
+        names = {f"{key}_token": model.text_of(key) for key in ("bos", "eos")}
         self._template = JinjaTemplate(model.template, names) if model.template else PlainTemplate()
         self._model, self._system_prompt = model, spec.system_prompt
         self._worker = threading.Thread(target=self._work, name="ctransformers", daemon=True)

@@ -21,8 +21,8 @@ _SPECIAL_KINDS = (3, 4)  # control and user-defined tokens
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 _LOOK_BACK = 64
 
-# The library splits text with std::regex, which recurses once per character and runs off the stack on long texts.
-_CHUNKS = re.compile(r"(?s).{1,2000}(?=\s|$)|.{1,2000}")
+# The older tokenizers use std::regex, which recurses once per character and runs off the stack on long texts.
+_CHUNKS = re.compile(r"(?s).{1,200}(?=\s|$)|.{1,200}")
 
 
 class Model:

@@ -58,7 +58,15 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             return _Reader(data).header()
-        except (struct.error, IndexError, ValueError, OverflowError, MemoryError, ZeroDivisionError) as error:
+        except (
+            struct.error,
+            ValueError,
+            TypeError,
+            OverflowError,
+            MemoryError,
+            RecursionError,
+            ArithmeticError,
+        ) as error:
             raise ValueError(f"{path} is damaged or incomplete: {error}; get it again") from error
 
 

@@ -1,0 +1,261 @@
+"""An OpenAI-compatible upstream's bytes to deltas: server-sent events, completion chunks, error bodies. Pure."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import msgspec
+from msgspec import Struct
+
+from llmstream.types import Delta, Usage
+
+MAX_EVENT_BYTES = 32 * 1024 * 1024
+"""Largest event or whole answer; images and audio come as one event."""
+
+_BOM = b"\xef\xbb\xbf"
+_DONE = b"[DONE]"
+_NOTHING: tuple[Any, ...] = (None, "", [])
+
+
+class TooLarge(ValueError):
+    pass
+
+
+class EventStream:
+    """Takes the ``data`` of server-sent events out of bytes that are cut anywhere.
+
+    Follows https://html.spec.whatwg.org/multipage/server-sent-events.html; event names, ids and comments carry
+    nothing for us.
+    """
+
+    __slots__ = ("_after_cr", "_data", "_fresh", "_held", "_tail")
+
+    def __init__(self) -> None:
+        self._tail: list[bytes] = []
+        self._data: list[bytes] = []
+        self._held = 0
+        self._after_cr = False
+        self._fresh = True
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Returns the data of every event that ``data`` completes. Raises TooLarge."""
+        if self._after_cr and data.startswith(b"\n"):
+            data = data[1:]
+        lines = data.splitlines()
+        if not lines:
+            return []
+        self._after_cr = data.endswith(b"\r")
+        whole = self._after_cr or data.endswith(b"\n")
+        self._held += len(data)
+        if self._held > MAX_EVENT_BYTES:
+            raise TooLarge
+        if not whole and len(lines) == 1:
+            self._tail.append(data)
+            return []
+        lines[0] = b"".join((*self._tail, lines[0]))
+        self._tail = [] if whole else [lines.pop()]
+        if self._fresh:
+            lines[0], self._fresh = lines[0].removeprefix(_BOM), False
+        return self._events(lines)
+
+    def close(self) -> list[bytes]:
+        """The bytes ended in good order: returns the last event when only its empty line is missing."""
+        return self.feed(b"\n\n")
+
+    def _events(self, lines: list[bytes]) -> list[bytes]:
+        events: list[bytes] = []
+        for line in lines:
+            if line.startswith(b"data:"):
+                self._data.append(line[6:] if line.startswith(b" ", 5) else line[5:])
+            elif not line:
+                self._held = 0
+                if self._data:
+                    events.append(b"\n".join(self._data))
+                    self._data = []
+            elif line == b"data":
+                self._data.append(b"")
+        return events
+
+
+class _Choice(Struct):
+    index: int = 0
+    delta: dict[str, Any] | None = None
+    message: dict[str, Any] | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+    logprobs: dict[str, Any] | None = None
+
+
+class _Chunk(Struct):
+    choices: list[_Choice] | None = None
+    usage: dict[str, Any] | None = None
+    error: Any = None
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+class Complaint(Struct, frozen=True):
+    """What an upstream says is wrong."""
+
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+def complaint(value: Any) -> Complaint:
+    """Reads a decoded error body: the OpenAI form and the variants that are in use."""
+    if isinstance(value, list) and value:
+        value = value[0]
+    if isinstance(value, dict) and value.get("error"):
+        value = value["error"]
+    if not isinstance(value, dict):
+        return Complaint(str(value)[:1000])
+    said = next((value[key] for key in ("message", "detail", "msg", "reason") if value.get(key)), value)
+    param, code = value.get("param"), value.get("code")
+    return Complaint(
+        (said if isinstance(said, str) else msgspec.json.encode(said).decode())[:1000],
+        param=param if isinstance(param, str) else None,
+        code=code if isinstance(code, str) else None,
+    )
+
+
+class Answer(Protocol):
+    """An answer being read; sentences in ``failure`` go on from 'The provider …'."""
+
+    @property
+    def failure(self) -> str | None:
+        """What went wrong, once nothing more can be read; None after a whole answer."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing more to read."""
+
+    def feed(self, data: bytes) -> list[Delta]:
+        """Takes the next bytes."""
+
+    def close(self) -> list[Delta]:
+        """The bytes ended in good order."""
+
+    def cut(self, how: str) -> None:
+        """The bytes ended in the middle."""
+
+
+class _Reading:
+    """The choices of one answer, and whether each has come to its end."""
+
+    def __init__(self, choices: int) -> None:
+        self.failure: str | None = None
+        self.ended = False
+        self._choices = choices
+        self._seen: set[int] = set()
+        self._finished: set[int] = set()
+
+    @property
+    def _complete(self) -> bool:
+        return len(self._finished) >= self._choices and self._seen == self._finished
+
+    def cut(self, how: str) -> None:
+        self._end(how)
+
+    def _end(self, how: str) -> None:
+        self.ended = True
+        if self.failure is None and not self._complete:
+            self.failure = how
+
+    def _fail(self, failure: str) -> list[Delta]:
+        self.failure, self.ended = failure, True
+        return []
+
+    def _read(self, payload: bytes) -> list[Delta]:
+        try:
+            chunk = _decode_chunk(payload)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            return self._fail(f"sent something malformed: {error}")
+        if chunk.error:
+            return self._fail(f"reported an error instead of an answer: {complaint(chunk.error).message}")
+        deltas = [delta for choice in chunk.choices or () if (delta := self._delta(choice))]
+        if chunk.usage:
+            last = deltas.pop() if deltas else Delta()
+            deltas.append(msgspec.structs.replace(last, usage=_usage(chunk.usage)))
+        return deltas
+
+    def _delta(self, choice: _Choice) -> Delta | None:
+        self._seen.add(choice.index)
+        if choice.finish_reason == "error":
+            self._fail("gave up in the middle of the answer")
+            return None
+        if choice.finish_reason:
+            self._finished.add(choice.index)
+        members = choice.delta if choice.delta is not None else choice.message or {}
+        text = members.pop("content", choice.text)
+        if not isinstance(text, str):
+            members, text = ({**members, "content": text} if text else members), ""
+        fields = {key: value for key, value in members.items() if key != "role" and value not in _NOTHING}
+        if choice.message and "tool_calls" in fields:
+            fields["tool_calls"] = [{"index": i, **call} for i, call in enumerate(fields["tool_calls"])]
+        logprobs = choice.logprobs if choice.logprobs and any(choice.logprobs.values()) else None
+        if not (text or fields or logprobs or choice.finish_reason):
+            return None
+        return Delta(
+            text=text,
+            index=choice.index,
+            fields=fields or None,
+            logprobs=logprobs,
+            finish_reason=choice.finish_reason or None,
+        )
+
+
+class ChunkStream(_Reading):
+    """An answer that comes as server-sent completion chunks."""
+
+    def __init__(self, choices: int) -> None:
+        super().__init__(choices)
+        self._events = EventStream()
+
+    def feed(self, data: bytes) -> list[Delta]:
+        try:
+            return self._take(self._events.feed(data))
+        except TooLarge:
+            return self._fail(f"sent an event of more than {MAX_EVENT_BYTES} bytes")
+
+    def close(self) -> list[Delta]:
+        deltas = self._take(self._events.close())
+        self._end("ended the stream before the answer was whole: a finish reason is missing")
+        return deltas
+
+    def _take(self, events: list[bytes]) -> list[Delta]:
+        deltas: list[Delta] = []
+        for event in events:
+            if self.ended:
+                break
+            if event == _DONE:
+                self._end("said [DONE] before the answer was whole: a finish reason is missing")
+            elif event:
+                deltas += self._read(event)
+        return deltas
+
+
+class WholeAnswer(_Reading):
+    """An answer that comes as one JSON object, as from an upstream that does not stream."""
+
+    def __init__(self, choices: int) -> None:
+        super().__init__(choices)
+        self._body = bytearray()
+
+    def feed(self, data: bytes) -> list[Delta]:
+        self._body += data
+        if len(self._body) > MAX_EVENT_BYTES:
+            return self._fail(f"sent an answer of more than {MAX_EVENT_BYTES} bytes")
+        return []
+
+    def close(self) -> list[Delta]:
+        deltas = self._read(bytes(self._body))
+        self._end("sent an answer without a finish reason")
+        return deltas
+
+
+def _usage(usage: dict[str, Any]) -> Usage:
+    prompt, completion = usage.pop("prompt_tokens", None), usage.pop("completion_tokens", None)
+    usage.pop("total_tokens", None)
+    return Usage(prompt_tokens=prompt or 0, completion_tokens=completion or 0, details=usage or None)
