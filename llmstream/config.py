@@ -141,7 +141,7 @@ class ProviderSettings(Section):
     continue_by: Literal["none", "assistant_prefill"] = "none"
     """How a cut answer goes on: prefill sends what was logged as the last assistant message."""
     connect_timeout_s: Annotated[float, Field(gt=0)] = 10.0
-    """Seconds to reach the API before the next target is tried."""
+    """Seconds to reach the API."""
 
     @field_validator("base_url")
     @classmethod

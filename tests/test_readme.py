@@ -1,0 +1,34 @@
+"""The README says what the code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmstream.config import describe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+START, END = "<!-- settings: ", "<!-- /settings -->"
+
+
+def settings_table() -> str:
+    """The configuration table as it has to stand in the README."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for setting in describe():
+        default = "" if setting.default is None else f"`{setting.default}`"
+        meaning = setting.meaning.replace("``", "`").replace("|", "\\|").replace("\n", " ")
+        rows.append(f"| `{setting.key}` | {default} | {meaning} |")
+    return "\n".join(rows)
+
+
+def test_the_configuration_table_is_complete() -> None:
+    """Every setting stands in the README with its default and meaning."""
+    table = README[README.index(START) : README.index(END)].split("-->\n", 1)[1].strip()
+    assert table == settings_table()
+
+
+def test_ci_runs_the_readme_command() -> None:
+    """CI types exactly what the README tells people to type to run the tests."""
+    commands = [line for line in README.splitlines() if line.endswith("python -m pytest")]
+    assert len(commands) == 1
+    assert commands[0] in (ROOT / ".ci" / "run").read_text().splitlines()
