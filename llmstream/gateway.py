@@ -14,7 +14,7 @@ from typing import Any
 from llmstream.config import Settings
 from llmstream.errors import Conflict, NotFound, Overloaded, ShuttingDown
 from llmstream.providers.base import Provider
-from llmstream.providers.build import build_providers
+from llmstream.providers.build import PullProgress, build_providers
 from llmstream.routing.router import Router
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.follower import Follower
@@ -119,11 +119,11 @@ class Gateway:
     async def cancel(self, job_id: str) -> JobState:
         """Ends a job wherever it waits or runs; what it has produced stays readable. Cancelling twice is fine."""
         ended = await self._store.jobs.end(job_id, Finished(status="cancelled", at=self._clock()))
+        self._scheduler.stop_job(job_id)
+        self._store.log.note_end(job_id, ended)
         state = await self.job(job_id)
-        if ended.entry is not None:
-            self._scheduler.stop_job(job_id)
-            self._store.log.note_end(job_id, ended)
-            await self._lanes(state.job.pool).remove(job_id)
+        # Also when it had ended before: the answer to an earlier call may have been lost half-way.
+        await self._lanes(state.job.pool).remove(job_id)
         return state
 
     async def session_job(self, session_id: str) -> str:
@@ -226,12 +226,17 @@ async def _timed(look: Any) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def open_gateway(settings: Settings, *, clock: Clock = time.time) -> AsyncIterator[Gateway]:
-    """Puts all parts together: store, providers, router, scheduler. The only place where they meet."""
+async def open_gateway(
+    settings: Settings, *, clock: Clock = time.time, progress: PullProgress | None = None
+) -> AsyncIterator[Gateway]:
+    """Puts all parts together: store, providers, router, scheduler. The only place where they meet.
+
+    ``progress`` hears how far the download of missing weights is.
+    """
     replica = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(open_store(settings.store, settings.data_dir))
-        providers = await build_providers(settings)
+        providers = await build_providers(settings, progress)
         for provider in providers:
             stack.push_async_callback(provider.close)
             await provider.open()

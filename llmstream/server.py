@@ -9,9 +9,11 @@ from typing import Self
 from aiohttp import web
 
 from llmstream.api.app import create_app
+from llmstream.api.protocol import Runner
 from llmstream.config import Settings
 from llmstream.errors import ConfigError
 from llmstream.gateway import Gateway, open_gateway
+from llmstream.providers.build import PullProgress
 
 HANDLER_GRACE_S = 2.0
 """What request handlers get to end after their streams were closed."""
@@ -20,11 +22,13 @@ HANDLER_GRACE_S = 2.0
 class Server:
     """One replica, listening while the context is open.
 
-    Raises ConfigError on entering when something it needs is missing, saying what to do.
+    Raises ConfigError on entering when something it needs is missing, saying what to do. ``progress`` hears how far
+    the download of missing weights is.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, *, progress: PullProgress | None = None) -> None:
         self.settings = settings or Settings()
+        self._progress = progress
         self._stack = AsyncExitStack()
         self._port: int | None = None
         self._gateway: Gateway | None = None
@@ -46,8 +50,8 @@ class Server:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            self._gateway = await stack.enter_async_context(open_gateway(self.settings))
-            runner = web.AppRunner(
+            self._gateway = await stack.enter_async_context(open_gateway(self.settings, progress=self._progress))
+            runner = Runner(
                 create_app(self.settings, gateway=self._gateway), access_log=None, shutdown_timeout=HANDLER_GRACE_S
             )
             await runner.setup()

@@ -16,9 +16,32 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+TOOL_TEMPLATE = r"""
+{%- if tools %}
+    {{- '<|im_start|>system\nTools:' }}
+    {%- for tool in tools %}
+        {{- "\n" + (tool | tojson) }}
+    {%- endfor %}
+    {{- '\nCall with <tool_call>\n{"name": ..., "arguments": ...}\n</tool_call><|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role }}
+    {%- if message.content %}
+        {{- '\n' + message.content }}
+    {%- endif %}
+    {%- for call in message.tool_calls or [] %}
+        {{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+        {{- call.function.arguments | tojson }}
+        {{- '}\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}"""
 
 
-def write_tiny_gguf(path: Path, *, context: int = 512, seed: int = 0) -> Path:
+def write_tiny_gguf(path: Path, *, context: int = 512, seed: int = 0, chat_template: str = CHAT_TEMPLATE) -> Path:
     """Writes the model to ``path`` and returns it. The same seed gives the same bytes."""
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name("tiny-random")
@@ -31,7 +54,7 @@ def write_tiny_gguf(path: Path, *, context: int = 512, seed: int = 0) -> Path:
     writer.add_head_count_kv(HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_file_type(0)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    writer.add_chat_template(chat_template)
     _add_tensors(writer, _add_vocabulary(writer), np.random.default_rng(seed))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,37 +14,67 @@ from llmstream.errors import BadRequest, BodyTooLarge
 
 READ_TIMEOUT_S = 30.0
 """What a sender gets for its whole body."""
+MAX_DEPTH = 100
+"""Brackets inside brackets. What is read here is written and read again in places with less stack to spare."""
+INVALID_JSON = "invalid_json"
+MISSING = "missing_field"
+ENCODINGS = frozenset({"", "identity", "gzip", "deflate", "br", "zstd"})
+"""What aiohttp undoes, the last two where their packages are installed; it hands others on as they are."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 async def read_json(request: web.Request) -> dict[str, Any]:
     """Reads a JSON object. Raises BadRequest, and BodyTooLarge before reading a body that is announced as too large."""
+    value = _decode(await _read(request))
+    if not isinstance(value, dict):
+        raise BadRequest(f"The request body must be a JSON object, not {_kind(value)}.", code=INVALID_JSON)
+    return value
+
+
+async def _read(request: web.Request) -> bytes:
     limit = request.client_max_size
     if request.content_length is not None and request.content_length > limit:
-        raise _too_large(request, limit)
+        raise _too_large(limit)
+    if request.headers.get("Content-Encoding", "").strip().lower() not in ENCODINGS:
+        raise unsupported_encoding()
     try:
         async with asyncio.timeout(READ_TIMEOUT_S):
-            raw = await request.read()
+            return await request.read()
     except web.HTTPRequestEntityTooLarge:
-        raise _too_large(request, limit) from None
+        raise _too_large(limit) from None
     except TimeoutError:
-        _close_after(request)
         raise BadRequest(f"The request body did not arrive within {READ_TIMEOUT_S:g} s.", status=408) from None
     except (ConnectionError, asyncio.CancelledError):
         raise
-    except Exception as error:  # an undecodable Content-Encoding surfaces as whatever the decoder raises
-        _close_after(request)
-        raise BadRequest(f"The request body cannot be read ({error}); check its Content-Encoding.") from None
+    except Exception:  # whatever the decoder raises
+        raise BadRequest(
+            "The request body cannot be read: it is not what its Content-Encoding or Transfer-Encoding says.",
+            code="invalid_body",
+        ) from None
+
+
+def _decode(raw: bytes) -> Any:
+    if not raw:
+        raise BadRequest("The request body is empty; a JSON object is expected.", code=INVALID_JSON)
     try:
         value = msgspec.json.decode(raw)
     except RecursionError:
-        raise BadRequest("The request body is nested too deeply.") from None
+        raise _too_deep() from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"The request body is not valid JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise BadRequest(f"The request body must be a JSON object, not {_kind(value)}.")
-    return value
+        raise BadRequest(f"The request body is not valid JSON: {error}.", code=INVALID_JSON) from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
+        if not level:
+            return value
+    raise _too_deep()
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def validate(schema: type[Model], value: dict[str, Any]) -> Model:
@@ -51,26 +82,52 @@ def validate(schema: type[Model], value: dict[str, Any]) -> Model:
     try:
         return schema.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        path = ".".join(str(part) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
-        missing = first["type"] == "missing"
-        given = "" if missing or not path else f" (got {_short(first['input'])})"
-        raise BadRequest(
-            f"{path}: {said}{given}." if path else f"{said}.",
-            param=path or None,
-            code="missing_field" if missing else "invalid_value",
-        ) from None
+        path, said, input_, code = _complaint(error, value)
+        given = "" if code == MISSING or not path else f" (got {_short(input_)})"
+        raise BadRequest(f"{path}: {said}{given}." if path else f"{said}.", param=path or None, code=code) from None
 
 
-def _too_large(request: web.Request, limit: int) -> BodyTooLarge:
-    _close_after(request)
+def _complaint(error: ValidationError, value: dict[str, Any]) -> tuple[str, str, Any, str]:
+    """The first thing that is wrong: where, what, the value found there, and a code.
+
+    Where several types are allowed, pydantic complains once for each: the complaint that got furthest tells most.
+    """
+    found = [(_path(each["loc"], value), each) for each in error.errors(include_url=False, include_context=False)]
+    start = found[0][0]
+    path = max((path for path, _ in found if path[: len(start)] == start), key=len)
+    same = [each for other, each in found if other == path]
+    said = list(dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in same))
+    words = ", or ".join([said[0], *(each.removeprefix("Input should be ") for each in said[1:])])
+    code = MISSING if same[0]["type"] == "missing" else "invalid_value"
+    return ".".join(path), words, same[0]["input"], code
+
+
+def _path(loc: tuple[int | str, ...], value: Any) -> list[str]:
+    """A location without the names of types that pydantic puts between the keys."""
+    path: list[str] = []
+    for last, part in enumerate(loc, 1 - len(loc)):
+        inside = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if inside:
+            value = value[part]
+        if inside or (last == 0 and isinstance(value, dict)):
+            path.append(str(part))
+    return path
+
+
+def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"The request body is larger than {limit} bytes (server.max_body_bytes).")
 
 
-def _close_after(request: web.Request) -> None:
-    """What is left of the body is not worth reading: the connection ends with the answer."""
-    request.protocol.force_close()
+def unsupported_encoding() -> BadRequest:
+    return BadRequest(
+        "The body's Content-Encoding is not supported here; send it as it is, or with gzip or deflate.",
+        status=415,
+        code="unsupported_encoding",
+    )
+
+
+def _too_deep() -> BadRequest:
+    return BadRequest(f"The request body is nested deeper than {MAX_DEPTH} levels.", code=INVALID_JSON)
 
 
 def _short(value: Any) -> str:

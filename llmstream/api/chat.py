@@ -51,7 +51,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
     return await serve(request, follower, NativeFormat(), headers=headers, waiting=waiting)
 
 
-@routes.get("/stream/{session_id}", name=STREAM)
+@routes.get("/stream/{session_id}", name=STREAM, allow_head=False)
 async def stream(request: web.Request) -> web.StreamResponse:
     """The latest answer of a session, or that of ``?task_id=``; goes on behind ``Last-Event-ID``.
 

@@ -17,42 +17,60 @@ from llmstream.types import Failure
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+CLIENT_LEFT = 499
+"""Nobody reads it; it keeps a client's leave out of the log of errors."""
+STARTED = web.RequestKey("started", float)
+REQUEST_ID = web.RequestKey("request_id", str)
+_GIVEN_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 logger = logging.getLogger(__name__)
 
 
 async def on_prepare(request: web.Request, response: web.StreamResponse) -> None:
     """Adds the headers that every response bears, streams included."""
-    started = request.get("started")
+    started = request.get(STARTED)
     if started is not None:
         response.headers["X-Process-Time"] = f"{time.perf_counter() - started:.6f}"
-    response.headers["x-request-id"] = request.get("request_id") or secrets.token_hex(8)
+    response.headers["x-request-id"] = request.get(REQUEST_ID) or secrets.token_hex(8)
 
 
 @web.middleware
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Gives the request its id and turns every error into the OpenAI error body."""
-    request["started"] = time.perf_counter()
+    request[STARTED] = time.perf_counter()
     given = request.headers.get("x-request-id", "")
-    request["request_id"] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    request[REQUEST_ID] = given if _GIVEN_ID.fullmatch(given) else secrets.token_hex(8)
+    response = await _answer(request, handler)
+    if response.status >= 400 and not request.content.is_eof():
+        response.force_close()  # nobody will read the rest of the body
+    return response
+
+
+async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except LLMStreamError as error:
         return _response(error.failure(), error.http_status, error.retry_after)
     except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        return _response(_http_failure(request, error), error.status, None, dict(error.headers))
-    except (asyncio.CancelledError, ConnectionResetError):
+        return refusal(request, error)
+    except asyncio.CancelledError:
         raise
-    except Exception:
-        logger.exception("%s %s failed", request.method, request.path, extra={"request_id": request["request_id"]})
+    except Exception as error:
+        if isinstance(error, ConnectionError) and request.transport is None:
+            return web.Response(status=CLIENT_LEFT)
+        logger.exception("%s %s failed", request.method, request.path, extra={"request_id": request[REQUEST_ID]})
         failure = Failure(
-            message=f"Something went wrong inside llmstream; its log has the details under {request['request_id']}.",
+            message=f"Something went wrong inside llmstream; its log has the details under {request[REQUEST_ID]}.",
             code="internal_error",
         )
         return _response(failure, 500, None)
+
+
+def refusal(request: web.BaseRequest, error: web.HTTPException) -> web.Response:
+    """aiohttp's own refusals with our error body. Raises what is no refusal again."""
+    if error.status < 400:
+        raise error
+    return _response(_http_failure(request, error), error.status, None, dict(error.headers))
 
 
 def _response(
@@ -67,7 +85,7 @@ def _response(
     return web.json_response(error_body(failure), status=status, headers=kept)
 
 
-def _http_failure(request: web.Request, error: web.HTTPException) -> Failure:
+def _http_failure(request: web.BaseRequest, error: web.HTTPException) -> Failure:
     if error.status == 404:
         message = f"There is no route {request.method} {request.path}."
     elif error.status == 405:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
+
 from aiohttp import web
 
 from llmstream.api.body import read_json, validate
 from llmstream.api.keys import GATEWAY
 from llmstream.api.render import CANCELLED, ChatFormat, chat_completion, completion_id
 from llmstream.api.schemas import ChatCompletionBody, openai_request
-from llmstream.api.sse import position, serve
+from llmstream.api.sse import patiently, position, serve
 from llmstream.errors import BadRequest, ModelNotFound, NotFound, error_body
 from llmstream.gateway import Gateway
 from llmstream.store.follower import Follower
@@ -39,7 +41,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         return await _whole(job, follower, headers)
 
 
-@routes.get("/v1/chat/completions/{completion_id}", name=COMPLETION)
+@routes.get("/v1/chat/completions/{completion_id}", name=COMPLETION, allow_head=False)
 async def get_chat_completion(request: web.Request) -> web.StreamResponse:
     """A stored completion; with ``?stream=true`` its stream, from the beginning or behind ``Last-Event-ID``."""
     gateway = request.app[GATEWAY]
@@ -77,10 +79,11 @@ async def get_model(request: web.Request) -> web.Response:
 
 async def _whole(job: Job, follower: Follower, headers: dict[str, str]) -> web.Response:
     transcript = Transcript()
-    async for entries in follower:
-        for entry in entries:
-            for event in entry.events:
-                transcript.add(event)
+    async with aclosing(patiently(follower)) as batches:
+        async for entries in batches:
+            for entry in entries:
+                for event in entry.events:
+                    transcript.add(event)
     finished = transcript.finished
     failure = finished.failure if finished else None
     if finished is not None and finished.status == "cancelled":

@@ -18,6 +18,13 @@ CANCELLED = Failure(
     message="The job was cancelled; what it had produced can still be read.", type="cancelled", code="cancelled"
 )
 
+# A plain OpenAI stream cannot take back what it showed.
+RESTARTED = Failure(
+    message="The answer had to start over: what came so far is void. Go on behind this event's id for the new one, "
+    "or read it whole: the Location header says where.",
+    code="restarted",
+)
+
 
 class Format(Protocol):
     """One wire format of one job's events."""
@@ -27,7 +34,10 @@ class Format(Protocol):
         """Readers with equal keys get equal bytes, so these are made once."""
 
     def render(self, event: Event) -> bytes:
-        """Zero or more SSE frames."""
+        """Zero or more SSE frames. Only the last bears the event's id, so that nobody resumes in between."""
+
+    def broken(self, failure: Failure) -> bytes:
+        """The frame that says why the stream ends before the log does. It is no event and has no id."""
 
 
 def render_entry(entry: Entry, wire: Format) -> bytes:
@@ -51,6 +61,9 @@ class NativeFormat:
         if isinstance(data, Delta) and not (data.text or data.fields):
             return b""  # only says why the answer ended; "complete" follows
         return _frame(event, _native(event.id.attempt, data))
+
+    def broken(self, failure: Failure) -> bytes:
+        return b"data: %s\n\n" % _json({"type": "error", **error_body(failure)})
 
 
 def _native(attempt: int, data: Payload) -> dict[str, Any]:
@@ -102,16 +115,18 @@ class ChatFormat:
         if isinstance(data, Started):
             return self._roles(event) if event.id.attempt == 1 else b""
         if isinstance(data, Restart):
-            return self._error(event, restarted(self._job))
+            return self._error(event, RESTARTED)
         return self._finished(event, data)
 
+    def broken(self, failure: Failure) -> bytes:
+        return b"data: %s\n\n" % _json(error_body(failure))
+
     def _roles(self, event: Event) -> bytes:
-        roles = (
-            b',"choices":[{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-            % index
+        roles = b",".join(
+            b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}' % index
             for index in range(self._job.request.choices)
         )
-        return b"".join(b"id: %d-%d\ndata: %s%s}\n\n" % (*event.id, self._head, role) for role in roles)
+        return b'id: %d-%d\ndata: %s,"choices":[%s]}\n\n' % (*event.id, self._head, roles)
 
     def _finished(self, event: Event, data: Finished) -> bytes:
         if data.status == "cancelled":
@@ -126,7 +141,7 @@ class ChatFormat:
 
     @staticmethod
     def _error(event: Event, failure: Failure) -> bytes:
-        return b"id: %d-%d\ndata: %s\n\n" % (*event.id, _json(error_body(failure)))
+        return _frame(event, error_body(failure))
 
 
 def _choice(data: Delta) -> bytes:
@@ -138,15 +153,6 @@ def _choice(data: Delta) -> bytes:
         _json(delta),
         _json(data.logprobs),
         _json(data.finish_reason),
-    )
-
-
-def restarted(job: Job) -> Failure:
-    """A plain OpenAI stream cannot take back what it showed."""
-    return Failure(
-        message="The answer had to start over. "
-        f"Read it from the beginning at /v1/chat/completions/{completion_id(job)}?stream=true.",
-        code="restarted",
     )
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, suppress
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp_sse import EventSourceResponse
 
 from llmstream.api.keys import PING_S, STREAMS
 from llmstream.api.render import Format, render_entry
-from llmstream.errors import BadRequest, LLMStreamError, StoreUnavailable
+from llmstream.errors import BadRequest, LLMStreamError, StoreError, StoreUnavailable
+from llmstream.store.entry import Entry
 from llmstream.store.follower import Follower
 from llmstream.types import BEGINNING, EventId
 
@@ -31,6 +34,21 @@ class Stream(EventSourceResponse):
 
     def __init__(self, *, ping_s: float, headers: dict[str, str]) -> None:
         super().__init__(ping_interval=ping_s, allow_all_methods=True, sep="\n", headers=headers)
+        self.abandoned = False
+        """True once a ping found that the client is gone."""
+        self._reader = asyncio.current_task()
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        if request.transport is None:
+            raise ConnectionResetError("the client is gone")
+        return await super().prepare(request)
+
+    async def _ping(self) -> None:
+        await super()._ping()
+        # It ends by itself only for want of a client; without a word from the model the reader would never notice.
+        self.abandoned = True
+        if self._reader is not None:
+            self._reader.cancel()
 
 
 def position(request: web.Request) -> EventId:
@@ -61,9 +79,9 @@ async def serve(
     A client that goes away ends only its own stream. The job goes on.
     """
     task = asyncio.current_task()
+    assert task is not None
     streams = request.app[STREAMS]
-    if task is not None:
-        streams.add(task)
+    streams.add(task)
     response = Stream(ping_s=request.app[PING_S], headers=headers)
     try:
         with follower:
@@ -74,40 +92,61 @@ async def serve(
                     await _announce(response, follower, waiting)
                 await _pump(response, follower, wire)
             await response.write_eof()
-    except ConnectionResetError:
+    except ConnectionError:
         logger.debug("the client went away", extra={"job_id": headers.get("x-job-id")})
+    except asyncio.CancelledError:
+        if not response.abandoned or task.uncancel() > 0:
+            raise
+        logger.debug("the client went away unnoticed", extra={"job_id": headers.get("x-job-id")})
+    except Exception:
+        if not response.prepared:
+            raise
+        # A middleware would answer a second time, into the middle of the first answer.
+        logger.exception("a stream broke", extra={"job_id": headers.get("x-job-id")})
+        if request.transport is not None:
+            request.transport.abort()
     finally:
-        if task is not None:
-            streams.discard(task)
+        streams.discard(task)
     return response
 
 
-async def _pump(response: Stream, follower: Follower, wire: Format) -> None:
+async def patiently(follower: Follower) -> AsyncGenerator[list[Entry], None]:
+    """The follower's entries; while the store is away their reader waits: the answer is still coming.
+
+    Raises NotFound when the log has expired, StoreError when this version cannot read it.
+    """
     while True:
         try:
             async for entries in follower:
-                await response.write(b"".join([render_entry(entry, wire) for entry in entries]))
+                yield entries
             return
+        except StoreError:
+            raise
         except StoreUnavailable as error:
-            # The answer is still coming: the client waits, as every reader does while the store is away.
             logger.warning("a reader waits for the store: %s", error.message)
             await asyncio.sleep(error.retry_after or 1.0)
-        except LLMStreamError as error:
-            logger.warning("a stream ended early: %s", error.message)
-            response.force_close()
-            return
+
+
+async def _pump(response: Stream, follower: Follower, wire: Format) -> None:
+    try:
+        async with aclosing(patiently(follower)) as batches:
+            async for entries in batches:
+                await response.write(b"".join([render_entry(entry, wire) for entry in entries]))
+    except LLMStreamError as error:
+        # Ending without a word would look like the end of the answer.
+        logger.warning("a stream ended early: %s", error.message)
+        await response.write(wire.broken(error.failure()))
+        response.force_close()
 
 
 async def _announce(response: Stream, follower: Follower, waiting: Waiting) -> None:
     """Tells where the job stands, again whenever that changes, until its log has something to show."""
     said = b""
-    while not await follower.ready(QUEUE_LOOK_S if said else PROMPT_S):
-        try:
+    with suppress(LLMStreamError):  # what it means for the stream is decided when its log is read
+        while not await follower.ready(QUEUE_LOOK_S if said else PROMPT_S):
             frame = await waiting()
-        except LLMStreamError:
-            return
-        if not frame:
-            return
-        if frame != said:
-            await response.write(frame)
-            said = frame
+            if not frame:
+                return
+            if frame != said:
+                await response.write(frame)
+                said = frame

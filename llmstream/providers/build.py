@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from llmstream.config import ModelSettings, Settings
 from llmstream.providers.base import Provider
+from llmstream.providers.downloads import Progress
 from llmstream.providers.echo import EchoProvider
 
 DEFAULT_MODEL = "smollm2"
 
+PullProgress = Callable[[str], Progress]
+"""Makes what hears how far the pull of a source is."""
 
-async def build_providers(settings: Settings) -> list[Provider]:
+
+def local_models(settings: Settings) -> Mapping[str, ModelSettings]:
+    """The models that run here: those configured, or the default one when nothing is."""
+    if settings.models or settings.providers:
+        return settings.models
+    return {DEFAULT_MODEL: ModelSettings()}
+
+
+async def build_providers(settings: Settings, progress: PullProgress | None = None) -> list[Provider]:
     """Makes every configured provider, not yet open; weights that are missing are pulled first.
 
     Raises ConfigError when weights cannot be had.
     """
-    models = settings.models
-    if not models and not settings.providers:
-        models = {DEFAULT_MODEL: ModelSettings()}
-    providers = [await _local(name, model, settings) for name, model in models.items()]
+    providers = [await _local(name, model, settings, progress) for name, model in local_models(settings).items()]
     for name, remote in settings.providers.items():
         from llmstream.providers.openai import OpenAIProvider
 
@@ -25,10 +35,11 @@ async def build_providers(settings: Settings) -> list[Provider]:
     return providers
 
 
-async def _local(name: str, model: ModelSettings, settings: Settings) -> Provider:
+async def _local(name: str, model: ModelSettings, settings: Settings, progress: PullProgress | None) -> Provider:
     if model.engine == "echo":
         return EchoProvider(name, model)
     from llmstream.providers.local import LocalProvider
     from llmstream.providers.weights import pull
 
-    return LocalProvider(name, model, await pull(model.source, settings.data_dir))
+    report = progress(model.source) if progress else None
+    return LocalProvider(name, model, await pull(model.source, settings.data_dir, report))

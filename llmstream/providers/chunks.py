@@ -1,16 +1,21 @@
-"""An OpenAI-compatible upstream's bytes to deltas: server-sent events, completion chunks, error bodies. Pure."""
+"""An OpenAI-compatible upstream's bytes to deltas: server-sent events and completion chunks. Pure."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 
+from llmstream.providers.refusals import complaint
 from llmstream.types import Delta, Usage
 
 MAX_EVENT_BYTES = 32 * 1024 * 1024
 """Largest event or whole answer; images and audio come as one event."""
+
+END_OF_EVENT = b"\n\n"
+"""Fed behind bytes that ended in good order, for the last event may lack its empty line."""
 
 _BOM = b"\xef\xbb\xbf"
 _DONE = b"[DONE]"
@@ -52,15 +57,14 @@ class EventStream:
         if not whole and len(lines) == 1:
             self._tail.append(data)
             return []
-        lines[0] = b"".join((*self._tail, lines[0]))
-        self._tail = [] if whole else [lines.pop()]
+        if self._tail:
+            lines[0] = b"".join((*self._tail, lines[0]))
+            self._tail = []
+        if not whole:
+            self._tail.append(lines.pop())
         if self._fresh:
             lines[0], self._fresh = lines[0].removeprefix(_BOM), False
         return self._events(lines)
-
-    def close(self) -> list[bytes]:
-        """The bytes ended in good order: returns the last event when only its empty line is missing."""
-        return self.feed(b"\n\n")
 
     def _events(self, lines: list[bytes]) -> list[bytes]:
         events: list[bytes] = []
@@ -95,73 +99,35 @@ class _Chunk(Struct):
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
-class Complaint(Struct, frozen=True):
-    """What an upstream says is wrong."""
-
-    message: str
-    param: str | None = None
-    code: str | None = None
-
-
-def complaint(value: Any) -> Complaint:
-    """Reads a decoded error body: the OpenAI form and the variants that are in use."""
-    if isinstance(value, list) and value:
-        value = value[0]
-    if isinstance(value, dict) and value.get("error"):
-        value = value["error"]
-    if not isinstance(value, dict):
-        return Complaint(str(value)[:1000])
-    said = next((value[key] for key in ("message", "detail", "msg", "reason") if value.get(key)), value)
-    param, code = value.get("param"), value.get("code")
-    return Complaint(
-        (said if isinstance(said, str) else msgspec.json.encode(said).decode())[:1000],
-        param=param if isinstance(param, str) else None,
-        code=code if isinstance(code, str) else None,
-    )
-
-
-class Answer(Protocol):
-    """An answer being read; sentences in ``failure`` go on from 'The provider …'."""
-
-    @property
-    def failure(self) -> str | None:
-        """What went wrong, once nothing more can be read; None after a whole answer."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether there is nothing more to read."""
-
-    def feed(self, data: bytes) -> list[Delta]:
-        """Takes the next bytes."""
-
-    def close(self) -> list[Delta]:
-        """The bytes ended in good order."""
-
-    def cut(self, how: str) -> None:
-        """The bytes ended in the middle."""
-
-
-class _Reading:
-    """The choices of one answer, and whether each has come to its end."""
+class Answer(ABC):
+    """An answer being read: its choices, and whether each has come to its end."""
 
     def __init__(self, choices: int) -> None:
-        self.failure: str | None = None
         self.ended = False
+        """Whether there is nothing more to read."""
+        self.failure: str | None = None
+        """What went wrong, going on from 'The provider …'; None after a whole answer."""
         self._choices = choices
         self._seen: set[int] = set()
         self._finished: set[int] = set()
 
-    @property
-    def _complete(self) -> bool:
-        return len(self._finished) >= self._choices and self._seen == self._finished
+    @abstractmethod
+    def feed(self, data: bytes) -> list[Delta]:
+        """Takes the next bytes."""
+
+    @abstractmethod
+    def close(self) -> list[Delta]:
+        """The bytes ended in good order."""
 
     def cut(self, how: str) -> None:
-        self._end(how)
-
-    def _end(self, how: str) -> None:
+        """The bytes ended in the middle; an answer that was whole by then stays whole."""
         self.ended = True
         if self.failure is None and not self._complete:
             self.failure = how
+
+    @property
+    def _complete(self) -> bool:
+        return len(self._finished) >= self._choices and self._seen == self._finished
 
     def _fail(self, failure: str) -> list[Delta]:
         self.failure, self.ended = failure, True
@@ -191,9 +157,10 @@ class _Reading:
         text = members.pop("content", choice.text)
         if not isinstance(text, str):
             members, text = ({**members, "content": text} if text else members), ""
-        fields = {key: value for key, value in members.items() if key != "role" and value not in _NOTHING}
-        if choice.message and "tool_calls" in fields:
-            fields["tool_calls"] = [{"index": i, **call} for i, call in enumerate(fields["tool_calls"])]
+        members.pop("role", None)
+        fields = {key: value for key, value in members.items() if value not in _NOTHING} if members else members
+        if choice.message and isinstance(calls := fields.get("tool_calls"), list):
+            fields["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls) if isinstance(call, dict)]
         logprobs = choice.logprobs if choice.logprobs and any(choice.logprobs.values()) else None
         if not (text or fields or logprobs or choice.finish_reason):
             return None
@@ -206,7 +173,7 @@ class _Reading:
         )
 
 
-class ChunkStream(_Reading):
+class ChunkStream(Answer):
     """An answer that comes as server-sent completion chunks."""
 
     def __init__(self, choices: int) -> None:
@@ -220,8 +187,8 @@ class ChunkStream(_Reading):
             return self._fail(f"sent an event of more than {MAX_EVENT_BYTES} bytes")
 
     def close(self) -> list[Delta]:
-        deltas = self._take(self._events.close())
-        self._end("ended the stream before the answer was whole: a finish reason is missing")
+        deltas = self.feed(END_OF_EVENT)
+        self.cut("ended the stream before the answer was whole: a finish reason is missing")
         return deltas
 
     def _take(self, events: list[bytes]) -> list[Delta]:
@@ -229,14 +196,14 @@ class ChunkStream(_Reading):
         for event in events:
             if self.ended:
                 break
-            if event == _DONE:
-                self._end("said [DONE] before the answer was whole: a finish reason is missing")
+            if event.startswith(_DONE):
+                self.cut("said [DONE] before the answer was whole: a finish reason is missing")
             elif event:
                 deltas += self._read(event)
         return deltas
 
 
-class WholeAnswer(_Reading):
+class WholeAnswer(Answer):
     """An answer that comes as one JSON object, as from an upstream that does not stream."""
 
     def __init__(self, choices: int) -> None:
@@ -251,11 +218,15 @@ class WholeAnswer(_Reading):
 
     def close(self) -> list[Delta]:
         deltas = self._read(bytes(self._body))
-        self._end("sent an answer without a finish reason")
+        self.cut("sent an answer without a finish reason")
         return deltas
 
 
 def _usage(usage: dict[str, Any]) -> Usage:
     prompt, completion = usage.pop("prompt_tokens", None), usage.pop("completion_tokens", None)
     usage.pop("total_tokens", None)
-    return Usage(prompt_tokens=prompt or 0, completion_tokens=completion or 0, details=usage or None)
+    return Usage(
+        prompt_tokens=prompt if isinstance(prompt, int) else 0,
+        completion_tokens=completion if isinstance(completion, int) else 0,
+        details=usage or None,
+    )

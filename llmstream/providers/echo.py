@@ -100,10 +100,10 @@ class EchoProvider:
 
     async def check(self, request: GenerateRequest) -> None:
         _options(request)
-        wanted = _count_words(request) + (request.max_tokens or 0)
-        if (excess := wanted - self._context) > 0:
+        prompt = _count_words(request)
+        if (excess := prompt + 1 - self._context) > 0:
             raise ContextLengthExceeded(
-                f"The prompt and max_tokens need {wanted} tokens, but {self.name!r} has a context of {self._context}: "
+                f"The prompt has {prompt} tokens and {self.name!r} a context of {self._context}, answer included: "
                 f"too long by {excess} tokens.",
                 param="messages" if request.kind == "chat" else "prompt",
             )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Callable
 
 from llmstream.config import DeadlineSettings, SchedulerSettings
-from llmstream.errors import Fenced, LLMStreamError, ShuttingDown, StoreUnavailable
+from llmstream.errors import Fenced, NotFound, ShuttingDown, StoreUnavailable
 from llmstream.routing.router import REMOTE, Router
 from llmstream.scheduler.worker import Worker
 from llmstream.store.lanes import Lanes
@@ -17,6 +18,8 @@ from llmstream.types import Clock, Failure, Finished
 
 CLAIM_BATCH = 64
 MAX_BEAT_S = 0.5
+RECONCILE_BEATS = 20
+"""So often the claims are compared without a reason to doubt them: an answer may get lost after it was looked for."""
 HARD_STOP_S = 5.0
 """After the grace time: what a job gets to reach a token boundary and hand over."""
 
@@ -33,7 +36,9 @@ class Pool:
         self.wake = asyncio.Event()
         self.cancelled_since_ms = 0
         self.unsure = False
-        """True after a lost answer: the store may count jobs as ours that do not run here."""
+        """True after a lost answer: the store may count jobs as ours that do not run here, or the other way round."""
+        self.beats = 0
+        self.last_beat = 0.0
 
     @property
     def free(self) -> int:
@@ -74,8 +79,9 @@ class Scheduler:
     async def open(self) -> None:
         self._store.signals.on_work = self.kick
         self._store.signals.on_cancel = self.stop_job
-        for name, pool in self.pools.items():
+        for pool in self.pools.values():
             await self._beat(pool)
+        for name, pool in self.pools.items():
             self._loops.append(asyncio.create_task(self._claim(name, pool), name=f"claim-{name}"))
             self._loops.append(asyncio.create_task(self._heartbeats(pool), name=f"heartbeat-{name}"))
 
@@ -122,16 +128,21 @@ class Scheduler:
             try:
                 while pool.free > 0 and not self._closing:
                     claimed = await pool.lanes.claim(self.replica, min(pool.free, CLAIM_BATCH))
+                    if self._closing or not claimed:  # what came too late goes back when we leave
+                        break
                     for job_id in claimed:
                         self._start(name, pool, job_id)
-                    if not claimed:
-                        break
             except StoreUnavailable as error:
                 pool.unsure = True
                 logger.warning("cannot claim jobs: %s", error.message)
+            except Exception:  # a replica that keeps its lease but claims nothing would be worse
+                pool.unsure = True
+                logger.exception("claiming jobs failed")
 
     def _start(self, name: str, pool: Pool, job_id: str) -> None:
         if job_id in pool.running:
+            # Taken back and claimed again while it still runs here: it goes on, and its claim is looked after.
+            pool.unsure = True
             return
         worker = Worker(
             job_id,
@@ -152,8 +163,11 @@ class Scheduler:
         try:
             await self._run(pool, worker)
         except StoreUnavailable as error:
-            pool.unsure = True
             logger.error("the job waits for the store: %s", error.message, extra={"job_id": worker.job_id})
+            pool.unsure = True
+        except Exception:
+            logger.exception("the job could not be ended", extra={"job_id": worker.job_id})
+            pool.unsure = True
         finally:
             del pool.running[worker.job_id]
             pool.wake.set()
@@ -174,27 +188,27 @@ class Scheduler:
 
     async def _end(self, pool: Pool, job_id: str, message: str, code: str | None = None) -> None:
         failure = Failure(message=message, code=code, status=504 if code == "deadline_exceeded" else 500)
-        try:
+        with contextlib.suppress(NotFound):
             ended = await self._store.jobs.end(job_id, Finished(status="failed", at=self._clock(), failure=failure))
-        except LLMStreamError as error:
-            if isinstance(error, StoreUnavailable):
-                raise
-            return
-        self._store.log.note_end(job_id, ended)
+            self._store.log.note_end(job_id, ended)
         await pool.lanes.remove(job_id)
 
     async def _heartbeats(self, pool: Pool) -> None:
         while True:
             await asyncio.sleep(self._beat_s)
-            for worker in pool.running.values():
-                worker.check_deadlines()
             try:
+                for worker in pool.running.values():
+                    worker.check_deadlines()
                 await self._beat(pool)
             except StoreUnavailable as error:
                 pool.unsure = True
                 logger.warning("heartbeat failed: %s", error.message)
+            except Exception:  # without a heartbeat the replica would lose all its jobs
+                pool.unsure = True
+                logger.exception("heartbeat failed")
 
     async def _beat(self, pool: Pool) -> None:
+        asked = asyncio.get_running_loop().time()
         pulse = await pool.lanes.heartbeat(
             self.replica, 0 if self._closing else pool.slots, self._settings.lease_s, pool.cancelled_since_ms
         )
@@ -203,17 +217,23 @@ class Scheduler:
             self.stop_job(job_id)
         for job_id in pulse.overdue:
             await self._end(pool, job_id, "The job was still waiting at its deadline.", "deadline_exceeded")
-        if pool.unsure:
+        lapsed = asked - pool.last_beat > self._settings.lease_s
+        pool.last_beat, pool.beats = asked, pool.beats + 1
+        if pool.unsure or lapsed or pool.beats % RECONCILE_BEATS == 0:
             await self._reconcile(pool)
         pool.wake.set()
 
     async def _reconcile(self, pool: Pool) -> None:
-        """Gives back what the store counts as ours but nobody here runs: a lost answer must not strand a job."""
+        """Gives back what the store counts as ours but nobody here runs: a lost answer must not strand a job. Stops
+        what runs here but was taken over meanwhile."""
         pool.unsure = False
         known = set(pool.running)
-        for job_id in await pool.lanes.claimed_by(self.replica):
-            if job_id not in known and job_id not in pool.running:
-                await pool.lanes.release(job_id, self.replica)
+        claimed = await pool.lanes.claimed_by(self.replica)
+        for job_id in claimed - known - pool.running.keys():
+            await pool.lanes.release(job_id, self.replica)
+        for job_id in known - claimed:
+            if worker := pool.running.get(job_id):
+                worker.interrupt(Fenced(f"Job {job_id} was taken back while this replica was away."))
 
     def _interrupt_all(self, reason: ShuttingDown, chosen: Callable[[Worker], bool]) -> None:
         for pool in self.pools.values():

@@ -61,12 +61,12 @@ class Worker:
         self._max_attempts = max_attempts
         self._clock = clock
         self._begun: Begun | None = None
-        self._writer: Writer | None = None
         self._interruption: LLMStreamError | None = None
         self._scope: asyncio.Task[Any] | None = None
         self._continuable = True
         self._got_token = False
-        self._last_progress = 0.0
+        self._silent_since: float | None = None
+        """Since when the model owes a token, in seconds of the event loop; None while it owes none."""
 
     async def run(self) -> Result:
         """Leads the job to a terminal state, or to the point where another replica has to go on.
@@ -82,21 +82,26 @@ class Worker:
                 await self._give_up()
                 return "done"
             self._begun = begun
-            writer = self._writer = self._log.writer(begun)
+            writer = self._log.writer(begun)
+            writer.on_lost = self.interrupt
             try:
                 result = await self._attempt(begun, writer)
+            except Fenced as fenced:
+                result = await self._superseded(fenced)
+            except ShuttingDown:
+                result = await self._hand_over(begun, writer)
             finally:
-                self._writer = None
                 writer.close()
             if result is not None:
                 return result
 
     def interrupt(self, reason: LLMStreamError) -> None:
         """Stops the generation at the next token boundary; ``reason`` decides what follows."""
-        if self._interruption is None:
+        before = self._interruption
+        if before is None or isinstance(reason, Fenced) or isinstance(before, UpstreamBroken):
             self._interruption = reason
-            if self._scope is not None:
-                self._scope.cancel()
+        if before is None and self._scope is not None:
+            self._scope.cancel()
 
     @property
     def can_hand_over(self) -> bool:
@@ -105,10 +110,11 @@ class Worker:
 
     def check_deadlines(self) -> None:
         """Called at every heartbeat: one timer for all jobs."""
-        if self._begun is None or self._scope is None or (self._writer is not None and self._writer.congested):
+        if self._begun is None or self._scope is None:
             return
         job, now = self._begun.job, self._clock()
-        silent = asyncio.get_running_loop().time() - self._last_progress
+        since = self._silent_since
+        silent = 0.0 if since is None else asyncio.get_running_loop().time() - since
         limits = self._deadlines
         if now > self._begun.started_at + limits.total_s:
             self.interrupt(DeadlineExceeded(f"The job did not finish within {limits.total_s:g} s of its start."))
@@ -121,30 +127,25 @@ class Worker:
 
     async def _attempt(self, begun: Begun, writer: Writer) -> Result | None:
         """One attempt. None: it failed in a way that another attempt may mend."""
-        writer.on_lost = self.interrupt
         try:
             finished = await self._interruptible(self._generate(begun, writer))
-            await writer.finish(finished)
-        except Fenced as fenced:
-            logger.info("attempt stopped: %s", fenced.message, extra={"job_id": self.job_id})
-            return "done"
-        except ShuttingDown:
-            await self._hand_over(begun, writer)
-            return "release"
-        except StoreUnavailable:
+        except (Fenced, ShuttingDown, StoreUnavailable):
             raise
         except LLMStreamError as error:
-            if error.retryable and begun.attempt < self._max_attempts:
-                logger.warning("attempt failed: %s", error.message, extra={"job_id": self.job_id})
+            if error.retryable and begun.tries < self._max_attempts:
                 return await self._pause(begun, writer, error)
-            return await self._fail(writer, error)
+            finished = self._failed(error)
+        except Exception:
+            logger.exception("the provider broke", extra={"job_id": self.job_id})
+            finished = self._failed(LLMStreamError("Something went wrong inside llmstream; its log has the details."))
+        await writer.finish(finished)
         return "done"
 
     async def _generate(self, begun: Begun, writer: Writer) -> Finished:
         request = begun.job.request
         provider = self._router.target(request).provider
+        self._got_token, self._silent_since = False, asyncio.get_running_loop().time()
         transcript = await self._history(begun)
-        self._got_token, self._last_progress = False, asyncio.get_running_loop().time()
         so_far: Transcript | None = None
         if transcript is not None and not transcript.empty:
             if self._complete(transcript, begun.job):
@@ -162,14 +163,16 @@ class Worker:
         usage: Usage | None = None
         async with aclosing(provider.generate(job.request, so_far)) as batches:
             async for batch in batches:
-                self._last_progress, self._got_token = clock(), True
+                self._silent_since, self._got_token = clock(), True
                 for delta in batch:
                     writer.append(delta, len(delta.text) + _EVENT_BYTES)
                     usage = delta.usage or usage
                     if delta.finish_reason is not None:
                         reasons[delta.index] = delta.finish_reason
                 if writer.congested:
+                    self._silent_since = None
                     await writer.flush()
+                    self._silent_since = clock()
         if len(reasons) < job.request.choices:
             raise UpstreamBroken("The model's stream ended before the answer did.")
         return self._finished(usage, reasons)
@@ -198,17 +201,20 @@ class Worker:
         status: Status = "incomplete" if cut else "completed"
         return Finished(status=status, at=self._clock(), usage=usage, reason=cut)
 
+    def _failed(self, error: LLMStreamError) -> Finished:
+        logger.warning("job failed: %s", error.message, extra={"job_id": self.job_id})
+        return Finished(status="failed", at=self._clock(), failure=error.failure())
+
     async def _pause(self, begun: Begun, writer: Writer, error: LLMStreamError) -> Result | None:
         """Waits before the next attempt, still cancellable."""
-        delay = error.retry_after or min(BACKOFF_S * 2 ** (begun.attempt - 1), MAX_BACKOFF_S)
-        self._interruption = None
+        logger.warning("attempt failed: %s", error.message, extra={"job_id": self.job_id})
+        delay = error.retry_after or min(BACKOFF_S * 2 ** (begun.tries - 1), MAX_BACKOFF_S)
+        self._interruption = self._silent_since = None
         try:
             await self._interruptible(self._rest(writer, delay))
-        except Fenced:
+        except DeadlineExceeded as overdue:
+            await writer.finish(self._failed(overdue))
             return "done"
-        except ShuttingDown:
-            await self._hand_over(begun, writer)
-            return "release"
         return None
 
     @staticmethod
@@ -216,18 +222,22 @@ class Worker:
         await writer.flush()
         await asyncio.sleep(delay)
 
-    async def _fail(self, writer: Writer, error: LLMStreamError) -> Result:
-        logger.warning("job failed: %s", error.message, extra={"job_id": self.job_id})
-        try:
-            await writer.finish(Finished(status="failed", at=self._clock(), failure=error.failure()))
-        except Fenced:
-            logger.info("the job had ended already", extra={"job_id": self.job_id})
-        return "done"
+    async def _superseded(self, fenced: Fenced) -> Result:
+        """The log moved on: the job is over, or it belongs to whoever holds the claim now."""
+        logger.info("attempt stopped: %s", fenced.message, extra={"job_id": self.job_id})
+        state = await self._jobs.find(self.job_id)
+        return "done" if state is None or state.done else "release"
 
-    async def _hand_over(self, begun: Begun, writer: Writer) -> None:
-        async with asyncio.timeout(FLUSH_S):
-            await writer.flush()
-            await self._jobs.hand_over(self.job_id, begun.attempt)
+    async def _hand_over(self, begun: Begun, writer: Writer) -> Result:
+        try:
+            async with asyncio.timeout(FLUSH_S):
+                await writer.flush()
+                await self._jobs.hand_over(self.job_id, begun.attempt)
+        except Fenced as fenced:
+            return await self._superseded(fenced)
+        except (StoreUnavailable, TimeoutError) as error:
+            logger.warning("the hand-over costs an attempt: %s", error, extra={"job_id": self.job_id})
+        return "release"
 
     async def _give_up(self) -> None:
         failure = Failure(
@@ -238,21 +248,24 @@ class Worker:
         self._log.note_end(self.job_id, ended)
 
     async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs ``work`` so that :meth:`interrupt` can stop it; somebody else's cancellation passes through."""
+        """Runs ``work`` in a task of its own, which :meth:`interrupt` can stop without touching ours."""
+        task = asyncio.create_task(work, name=f"attempt-{self.job_id}")
+        self._scope = task
         if self._interruption is not None:
-            work.close()
-            raise self._interruption
-        task = self._scope = asyncio.current_task()
-        assert task is not None
+            task.cancel()
         try:
-            return await work
-        except asyncio.CancelledError:
-            reason: LLMStreamError | None = self._interruption
-            if reason is None or task.uncancel() > 0:
-                raise
-            raise reason from None
+            await asyncio.wait({task})
         finally:
             self._scope = None
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        reason = self._interruption
+        if reason is not None and (task.cancelled() or task.exception() is not None):
+            raise reason
+        if task.cancelled():
+            raise UpstreamBroken("The model's side cancelled the generation.")
+        return task.result()
 
 
 def _reasons(transcript: Transcript) -> dict[int, str]:

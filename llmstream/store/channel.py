@@ -19,14 +19,16 @@ class Channel:
     slow follower costs no memory.
     """
 
-    __slots__ = ("_changed", "_ring", "_size", "base", "followers", "job_id", "owned", "tip")
+    __slots__ = ("_changed", "_ring", "_size", "base", "followers", "job_id", "located", "owned", "tip")
 
-    def __init__(self, job_id: str, position: EventId) -> None:
+    def __init__(self, job_id: str, *, newborn: bool = False) -> None:
         self.job_id = job_id
-        self.tip = position
-        """The last event known to be logged."""
-        self.base = position
+        self.tip = BEGINNING
+        """The last event known to be logged; never what a client merely claims to have seen."""
+        self.base = BEGINNING
         """The ring holds every event behind this one, up to ``tip``."""
+        self.located = newborn
+        """True once ``tip`` was the end of the log and whatever comes behind it will be published here."""
         self.followers = 0
         self.owned = False
         """True while this process writes the log; otherwise the tail reader watches it."""
@@ -49,6 +51,15 @@ class Channel:
             dropped = self._ring.popleft()
             self._size -= dropped.size + _ENTRY_OVERHEAD
             self.base = dropped.last
+        self.wake()
+
+    def locate(self, end: EventId) -> None:
+        """Takes note that the log ended at ``end`` a moment ago."""
+        if end > self.tip:
+            self._ring.clear()
+            self._size = 0
+            self.base = self.tip = end
+        self.located = True
         self.wake()
 
     def wake(self) -> None:
@@ -78,6 +89,6 @@ class Channel:
         return bool(self._ring) and isinstance(self._ring[-1].events[-1].data, Finished)
 
     @property
-    def born_here(self) -> bool:
-        """True while the whole log, from its beginning, is in memory."""
-        return self.base == BEGINNING
+    def empty(self) -> bool:
+        """True while nothing is known to be logged."""
+        return self.tip == BEGINNING

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from llmstream.errors import StoreError
 from llmstream.types import Delta, Event, EventId, Finished, Payload, Restart, Started
 
 FIELD = b"e"
@@ -46,6 +47,12 @@ def encode_payloads(payloads: Sequence[Payload]) -> bytes:
 
 
 def decode_entry(raw_id: bytes, fields: Sequence[bytes]) -> Entry:
-    """Reads one stream entry as XRANGE returns it: its id and a flat list of names and values."""
-    data = fields[fields.index(FIELD) + 1]
-    return Entry(EventId.parse(raw_id), _decoder.decode(data), len(data))
+    """Reads one stream entry as XRANGE returns it: its id and a flat list of names and values.
+
+    Raises StoreError for one that this version does not understand, such as a newer replica's.
+    """
+    try:
+        data = fields[fields.index(FIELD) + 1]
+        return Entry(EventId.parse(raw_id), _decoder.decode(data), len(data))
+    except (ValueError, IndexError, msgspec.MsgspecError) as error:
+        raise StoreError(f"The log entry {raw_id!r} cannot be read by this version: {error}") from error

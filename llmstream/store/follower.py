@@ -19,9 +19,10 @@ PAGE = 500
 
 
 class Reader(Protocol):
-    """Reads a page of a log from the store."""
+    """Reads a log from the store: a page of it, or where it ends."""
 
     async def read(self, job_id: str, after: EventId, limit: int) -> list[Entry]: ...
+    async def end(self, job_id: str) -> EventId: ...
 
 
 class Follower:
@@ -39,7 +40,6 @@ class Follower:
         channel: Channel,
         position: EventId,
         *,
-        known: bool,
         on_close: Callable[[Channel], None],
     ) -> None:
         self.position = position
@@ -47,13 +47,11 @@ class Follower:
         self._jobs = jobs
         self._tail = tail
         self._channel = channel
-        self._known = known
-        """False while the store may hold something behind the position that the channel does not know of."""
         self._finished = False
         self._ahead: list[Entry] = []
         self._on_close: Callable[[Channel], None] | None = on_close
         channel.followers += 1
-        tail.watch(channel)
+        tail.expect(channel)
 
     def __enter__(self) -> Self:
         return self
@@ -95,35 +93,36 @@ class Follower:
     async def _next(self) -> list[Entry]:
         channel = self._channel
         while True:
-            if self._known and self.position < channel.tip and channel.holds(self.position):
-                return channel.behind(self.position)
-            if not self._known or self.position < channel.tip:
-                entries = await self._read()
-                if entries:
-                    return entries
-            elif self._tail.suspect(channel):
-                self._known = False
-            else:
-                await channel.changed()
+            if channel.located and channel.holds(self.position):
+                if self.position < channel.tip:
+                    return channel.behind(self.position)
+                if not channel.finished and not self._tail.suspect(channel):
+                    await channel.changed()
+                    continue
+            if entries := await self._read():
+                return entries
 
     async def _read(self) -> list[Entry]:
-        job_id, position = self._channel.job_id, self.position
-        entries = await self._reader.read(job_id, position, PAGE)
-        self._known = len(entries) < PAGE
-        if not entries:
-            await self._check_alive()
+        channel, position = self._channel, self.position
+        known = channel.tip
+        entries = await self._reader.read(channel.job_id, position, PAGE)
         for entry in entries:
-            self._channel.publish(entry, position)
+            channel.publish(entry, position)
             position = entry.last
+        if not entries:
+            await self._locate(known)
+        elif len(entries) < PAGE:
+            channel.located = True
+        self._tail.update(channel)
         return entries
 
-    async def _check_alive(self) -> None:
+    async def _locate(self, known: EventId) -> None:
         """Nothing behind the position: fine while the job goes on, an error when there is nothing left to come."""
         job_id, position = self._channel.job_id, self.position
         state = await self._jobs.find(job_id)
         if state is None:
             raise NotFound(f"The log of job {job_id!r} has expired; its retention time is over.")
-        gone = state.done or self._channel.tip > position
-        if gone and not await self._reader.read(job_id, position, 1):
+        end = await self._reader.end(job_id)
+        if end <= position and (state.done or known > position):
             raise NotFound(f"The log of job {job_id!r} holds nothing behind {position}; read it from the beginning.")
-        self._known = not gone
+        self._channel.locate(end)

@@ -1,104 +1,22 @@
-"""The record of each job, and the steps that change it: create, begin, finish, end. Each step is one atomic script."""
+"""The record of each job, and the steps that change it: create, begin, finish, end."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from llmstream.errors import NotFound
-from llmstream.store.entry import FIELD, Entry, encode_payloads
+from llmstream.errors import NotFound, StoreError, StoreUnavailable
+from llmstream.store.entry import Entry, encode_payloads
+from llmstream.store.job_scripts import BEGIN, CREATE, END, FINISH, HAND_OVER, JOIN
 from llmstream.store.keys import Keys
-from llmstream.store.pipeline import Pipeline, Script
+from llmstream.store.pipeline import Arg, Pipeline, Script
 from llmstream.types import TERMINAL, EventId, Failure, Finished, Job, JobState, Started, Usage
 
-_CREATE = Script(
-    "create",
-    """
--- KEYS job; ARGV spec, ttl_ms. 1: created, or created before with the very same spec; 0: the id is taken.
-local spec = redis.call('HGET', KEYS[1], 'spec')
-if spec then return spec == ARGV[1] and 1 or 0 end
-redis.call('HSET', KEYS[1], 'spec', ARGV[1], 'status', 'queued', 'attempt', 0)
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-return 1
-""",
-)
-
-_BEGIN = Script(
-    "begin",
-    """
--- KEYS job, log; ARGV replica, at, max_attempts, entry, ttl_ms.
--- Opens the next attempt; from here on the log refuses every older one.
-local job = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'spec', 'started_at', 'handed_over')
-if not job[1] then return {'gone'} end
-if job[1] ~= 'queued' and job[1] ~= 'in_progress' then return {'done'} end
-local attempt = tonumber(job[2]) + 1
-if attempt - tonumber(job[5] or 0) > tonumber(ARGV[3]) then return {'exhausted'} end
-local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
-redis.call('XADD', KEYS[2], attempt .. '-0', 'e', ARGV[4])
-redis.call('HSET', KEYS[1], 'status', 'in_progress', 'attempt', attempt, 'replica', ARGV[1])
-if not job[4] then redis.call('HSET', KEYS[1], 'started_at', ARGV[2]) end
-redis.call('PEXPIRE', KEYS[1], ARGV[5])
-redis.call('PEXPIRE', KEYS[2], ARGV[5])
-return {'begun', job[3], attempt, last[1] and last[1][1] or '0-0', job[4] or ARGV[2]}
-""",
-)
-
-_FINISH = Script(
-    "finish",
-    """
--- KEYS job, log; ARGV attempt, entry id, entry, status, outcome, ttl_ms.
--- Terminal event, status and expiry in one step, for the attempt that still owns the log.
-local job = redis.call('HMGET', KEYS[1], 'status', 'attempt')
-if not job[1] then return 'gone' end
-local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
-local last_id = last[1] and last[1][1] or '0-0'
-if job[1] ~= 'in_progress' then return last_id == ARGV[2] and job[1] == ARGV[4] and 'ok' or 'fenced' end
-if job[2] ~= ARGV[1] then return 'fenced' end
-local added = redis.pcall('XADD', KEYS[2], ARGV[2], 'e', ARGV[3])
-if type(added) == 'table' and added.err then
-  if string.find(added.err, 'equal or smaller') then return 'fenced' end
-  return added
-end
-redis.call('HSET', KEYS[1], 'status', ARGV[4], 'outcome', ARGV[5])
-redis.call('PEXPIRE', KEYS[1], ARGV[6])
-redis.call('PEXPIRE', KEYS[2], ARGV[6])
-return 'ok'
-""",
-)
-
-_END = Script(
-    "end",
-    """
--- KEYS job, log; ARGV status, entry, outcome, ttl_ms, channel, job id.
--- Ends a job from outside: takes the next attempt, whose only event is the terminal one, so the owner is fenced.
-local job = redis.call('HMGET', KEYS[1], 'status', 'attempt')
-if not job[1] then return {'gone'} end
-if job[1] ~= 'queued' and job[1] ~= 'in_progress' then return {'done', job[1]} end
-local attempt = tonumber(job[2]) + 1
-local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
-redis.call('XADD', KEYS[2], attempt .. '-0', 'e', ARGV[2])
-redis.call('HSET', KEYS[1], 'status', ARGV[1], 'outcome', ARGV[3])
-redis.call('PEXPIRE', KEYS[1], ARGV[4])
-redis.call('PEXPIRE', KEYS[2], ARGV[4])
-redis.call('PUBLISH', ARGV[5], ARGV[6])
-return {'ended', ARGV[1], attempt, last[1] and last[1][1] or '0-0'}
-""",
-)
-
-_HAND_OVER = Script(
-    "hand_over",
-    """
--- KEYS job; ARGV attempt. An attempt given up on purpose does not count against the limit.
-local job = redis.call('HMGET', KEYS[1], 'status', 'attempt')
-if job[1] ~= 'in_progress' or job[2] ~= ARGV[1] then return 0 end
-redis.call('HINCRBY', KEYS[1], 'handed_over', 1)
-redis.call('HSET', KEYS[1], 'status', 'queued')
-return 1
-""",
-)
-
 _SESSION_JOBS = 100
+RETRY_S = 0.1
 
 
 class _Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -119,6 +37,8 @@ class Begun(NamedTuple):
     """The first entry of the attempt, already logged."""
     started_at: float
     """When the first attempt began, in seconds since the epoch."""
+    tries: int
+    """Attempts that count against the limit, this one included: all but those handed over."""
 
 
 class Ended(NamedTuple):
@@ -138,16 +58,19 @@ _outcome_decoder = msgspec.json.Decoder(_Outcome)
 class Jobs:
     """Job records in the store."""
 
-    def __init__(self, pipeline: Pipeline, keys: Keys, *, retention_s: float, unfinished_retention_s: float) -> None:
+    def __init__(
+        self, pipeline: Pipeline, keys: Keys, *, retention_s: float, unfinished_retention_s: float, outage_s: float
+    ) -> None:
         self._pipeline = pipeline
         self._keys = keys
+        self._outage_s = outage_s
         self._retention_ms = int(retention_s * 1000)
         self._unfinished_ms = int(unfinished_retention_s * 1000)
 
     async def create(self, job: Job) -> bool:
         """Writes a new record; repeating it changes nothing. False when the id belongs to a different job."""
         created = await self._pipeline.run(
-            _CREATE, [self._keys.job(job.id)], msgspec.json.encode(job), self._unfinished_ms
+            CREATE, [self._keys.job(job.id)], msgspec.json.encode(job), self._unfinished_ms
         )
         return bool(created)
 
@@ -169,40 +92,41 @@ class Jobs:
 
     async def find_all(self, job_ids: list[str]) -> list[JobState]:
         """Reads several records in one round trip; unknown ids are left out."""
-        calls = [self._pipeline.call("HGETALL", self._keys.job(job_id)) for job_id in job_ids]
-        return [_state(fields) for call in calls if (fields := await call)]
+        found = await asyncio.gather(*(self._pipeline.call("HGETALL", self._keys.job(job_id)) for job_id in job_ids))
+        return [_state(fields) for fields in found if fields]
 
     async def begin(self, job_id: str, started: Started, max_attempts: int) -> Begun | Literal["done", "exhausted"]:
         """Opens the next attempt: fences every older one by logging ``{attempt}-0``.
 
         Returns ``done`` when the job needs no more work (finished, cancelled, expired) and ``exhausted`` when it has
-        had all its attempts.
+        had all its attempts. While the store is away it is asked again; a lost answer costs no attempt.
         """
         data = encode_payloads([started])
-        reply = await self._pipeline.run(
-            _BEGIN,
+        reply = await self._insist(
+            BEGIN,
             [self._keys.job(job_id), self._keys.log(job_id)],
             started.replica,
             repr(started.at),
             max_attempts,
             data,
             self._unfinished_ms,
+            os.urandom(8).hex(),
         )
         if reply[0] != b"begun":
             return "exhausted" if reply[0] == b"exhausted" else "done"
-        _, spec, attempt, previous, started_at = reply
+        _, spec, attempt, previous, started_at, tries = reply
         entry = Entry(EventId(attempt, 0), [started], len(data))
-        return Begun(_spec_decoder.decode(spec), attempt, EventId.parse(previous), entry, float(started_at))
+        return Begun(_spec_decoder.decode(spec), attempt, EventId.parse(previous), entry, float(started_at), tries)
 
     async def finish(self, job_id: str, attempt: int, entry: Entry, data: bytes) -> bool:
         """Logs the attempt's last entry and closes the record. False when the attempt was superseded.
 
-        Repeating a call whose answer was lost is accepted as done.
+        While the store is away it is asked again; repeating a call whose answer was lost is accepted as done.
         """
         finished = entry.events[-1].data
         assert isinstance(finished, Finished)
-        reply = await self._pipeline.run(
-            _FINISH,
+        reply = await self._insist(
+            FINISH,
             [self._keys.job(job_id), self._keys.log(job_id)],
             attempt,
             str(entry.last),
@@ -215,13 +139,13 @@ class Jobs:
 
     async def hand_over(self, job_id: str, attempt: int) -> None:
         """Marks an attempt as given up on purpose, so that another replica goes on at no cost."""
-        await self._pipeline.run(_HAND_OVER, [self._keys.job(job_id)], attempt)
+        await self._pipeline.run(HAND_OVER, [self._keys.job(job_id)], attempt)
 
     async def end(self, job_id: str, finished: Finished) -> Ended:
         """Ends a job that may be waiting or running anywhere. Raises NotFound for an unknown id."""
         data = encode_payloads([finished])
         reply = await self._pipeline.run(
-            _END,
+            END,
             [self._keys.job(job_id), self._keys.log(job_id)],
             finished.status,
             data,
@@ -240,18 +164,24 @@ class Jobs:
     async def join_session(self, session_id: str, job: Job) -> None:
         """Notes a job as the latest of a session; a session remembers its last 100 jobs."""
         key = self._keys.session(session_id)
-        calls = [
-            self._pipeline.call("ZADD", key, repr(job.created_at), job.id),
-            self._pipeline.call("ZREMRANGEBYRANK", key, 0, -_SESSION_JOBS - 1),
-            self._pipeline.call("PEXPIRE", key, self._unfinished_ms),
-        ]
-        for call in calls:
-            await call
+        await self._pipeline.run(JOIN, [key], repr(job.created_at), job.id, self._unfinished_ms, _SESSION_JOBS)
 
     async def session_jobs(self, session_id: str) -> list[str]:
         """Ids of the jobs of a session, latest first; empty for an unknown session."""
         found = await self._pipeline.call("ZRANGE", self._keys.session(session_id), 0, -1, "REV")
         return [raw.decode() for raw in found]
+
+    async def _insist(self, script: Script, keys: list[str], *args: Arg) -> Any:
+        """Runs a step that may be repeated, again and again while the store is away, for up to ``outage_s``."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._outage_s
+        while True:
+            try:
+                return await self._pipeline.run(script, keys, *args)
+            except StoreUnavailable as error:
+                if isinstance(error, StoreError) or loop.time() >= deadline:
+                    raise
+            await asyncio.sleep(RETRY_S)
 
 
 def _encode_outcome(finished: Finished) -> bytes:
@@ -277,6 +207,3 @@ def _state(flat: list[bytes]) -> JobState:
         usage=outcome.usage if outcome else None,
         reason=outcome.reason if outcome else None,
     )
-
-
-assert FIELD == b"e", "the scripts above spell the field's name"

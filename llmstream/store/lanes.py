@@ -83,7 +83,7 @@ _CLAIM = Script(
     "claim",
     _PRELUDE
     + """
--- ARGV replica, count, ageing_ms, ttl_ms -> ids
+-- ARGV replica, count, ageing_ms, ttl_ms, lease_ms -> ids
 local claimed, now = {}, fmt(now_ms())
 for _ = 1, tonumber(ARGV[2]) do
   local best, best_level, cursor = nil, nil, 0
@@ -109,6 +109,8 @@ for _ = 1, tonumber(ARGV[2]) do
   claimed[#claimed + 1] = id
 end
 if #claimed > 0 then
+  -- A claim always stands under a lease, also where the replica was away and its own one is gone.
+  redis.call('ZADD', replicas, 'NX', fmt(now + ARGV[5]), ARGV[1])
   if redis.call('ZCARD', order) == 0 then redis.call('DEL', turns) end
   keep(ARGV[4])
 end
@@ -169,18 +171,25 @@ _HEARTBEAT = Script(
     "heartbeat",
     _PRELUDE
     + """
--- ARGV replica, slots, lease_ms, ttl_ms, cancelled since (ms) -> now, own claims, taken back, overdue, cancelled
+-- ARGV replica, slots, lease_ms, ttl_ms, cancelled since (ms) -> now, taken back, overdue, cancelled
 local now = now_ms()
+local own = redis.call('ZSCORE', replicas, ARGV[1])
+-- Our own lease lapsed too: the store was away, or we were. Everybody gets the time to come back.
+local away = own and tonumber(own) <= now
 redis.call('ZADD', replicas, fmt(now + ARGV[3]), ARGV[1])
 redis.call('HSET', slots, ARGV[1], ARGV[2])
 local taken = 0
 for _, lapsed in ipairs(redis.call('ZRANGEBYSCORE', replicas, '-inf', fmt(now))) do
-  local all = redis.call('HGETALL', claims)
-  for i = 1, #all, 2 do
-    if split(all[i + 1])[1] == lapsed then taken = taken + requeue(all[i]) end
+  if away then
+    redis.call('ZADD', replicas, fmt(now + ARGV[3]), lapsed)
+  else
+    local all = redis.call('HGETALL', claims)
+    for i = 1, #all, 2 do
+      if split(all[i + 1])[1] == lapsed then taken = taken + requeue(all[i]) end
+    end
+    redis.call('ZREM', replicas, lapsed)
+    redis.call('HDEL', slots, lapsed)
   end
-  redis.call('ZREM', replicas, lapsed)
-  redis.call('HDEL', slots, lapsed)
 end
 keep(ARGV[4])
 local overdue = redis.call('ZRANGEBYSCORE', deadlines, '-inf', fmt(now), 'LIMIT', 0, 100)
@@ -193,14 +202,15 @@ _LEAVE = Script(
     "leave",
     _PRELUDE
     + """
--- ARGV replica, wake channel, pool. A replica goes: whatever it still holds is for the others.
+-- ARGV replica, ttl_ms, wake channel, pool. A replica goes: whatever it still holds is for the others.
 local all = redis.call('HGETALL', claims)
 for i = 1, #all, 2 do
   if split(all[i + 1])[1] == ARGV[1] then requeue(all[i]) end
 end
 redis.call('ZREM', replicas, ARGV[1])
 redis.call('HDEL', slots, ARGV[1])
-redis.call('PUBLISH', ARGV[2], ARGV[3])
+keep(ARGV[2])
+redis.call('PUBLISH', ARGV[3], ARGV[4])
 return 1
 """,
 )
@@ -292,6 +302,7 @@ class Lanes:
         *,
         ageing_s: float,
         max_waiting: int,
+        lease_s: float,
         ttl_s: float,
         retention_s: float,
     ) -> None:
@@ -301,6 +312,7 @@ class Lanes:
         self._wake = keys.wake
         self._ageing_ms = int(ageing_s * 1000)
         self._max_waiting = max_waiting
+        self._lease_ms = int(lease_s * 1000)
         self._ttl_ms = int(ttl_s * 1000)
         self._retention_ms = int(max(retention_s, ttl_s) * 1000)
 
@@ -323,7 +335,9 @@ class Lanes:
 
     async def claim(self, replica: str, count: int) -> list[str]:
         """Takes up to ``count`` jobs, most urgent first."""
-        found = await self._pipeline.run(_CLAIM, self._keys, replica, count, self._ageing_ms, self._ttl_ms)
+        found = await self._pipeline.run(
+            _CLAIM, self._keys, replica, count, self._ageing_ms, self._ttl_ms, self._lease_ms
+        )
         return [raw.decode() for raw in found]
 
     async def settle(self, job_id: str, replica: str) -> None:
@@ -347,7 +361,7 @@ class Lanes:
 
     async def leave(self, replica: str) -> None:
         """Ends a replica's lease at once."""
-        await self._pipeline.run(_LEAVE, self._keys, replica, self._wake, self.pool)
+        await self._pipeline.run(_LEAVE, self._keys, replica, self._ttl_ms, self._wake, self.pool)
 
     async def claimed_by(self, replica: str) -> set[str]:
         """Ids of the jobs that a replica holds according to the store."""

@@ -35,10 +35,10 @@ class Log:
         job_id = begun.job.id
         channel = self._channels.get(job_id)
         if channel is None:
-            channel = self._channels[job_id] = Channel(job_id, begun.previous)
-        channel.owned = True
-        self._tail.unwatch(channel)
+            channel = self._channels[job_id] = Channel(job_id)
         channel.publish(begun.entry, begun.previous)
+        channel.owned = channel.located = True
+        self._tail.update(channel)
         return Writer(
             self._writes,
             self._keys.log(job_id),
@@ -52,7 +52,7 @@ class Log:
     def _disown(self, channel: Channel) -> None:
         channel.owned = False
         self._release(channel)
-        self._tail.watch(channel)
+        self._tail.update(channel)
 
     def note_end(self, job_id: str, ended: Ended) -> None:
         """Shows followers in this process a terminal entry that was written by ``Jobs.end``."""
@@ -66,16 +66,20 @@ class Log:
         raw = await self._reads.call("XRANGE", self._keys.log(job_id), start, "+", "COUNT", limit)
         return [decode_entry(entry_id, fields).after(after) for entry_id, fields in raw]
 
+    async def end(self, job_id: str) -> EventId:
+        """The last event of a log; ``BEGINNING`` while there is none."""
+        raw = await self._reads.call("XREVRANGE", self._keys.log(job_id), "+", "-", "COUNT", 1)
+        return EventId.parse(raw[0][0]) if raw else BEGINNING
+
     def follow(self, job_id: str, after: EventId = BEGINNING, *, newborn: bool = False) -> Follower:
         """Follows a log from behind ``after``; use it as a context manager and iterate.
 
         ``newborn`` says that the job is only being created: its log is known to be empty and needs no look-up.
         """
         channel = self._channels.get(job_id)
-        known = newborn or (channel is not None and channel.holds(after))
         if channel is None:
-            channel = self._channels[job_id] = Channel(job_id, after)
-        return Follower(self, self._jobs, self._tail, channel, after, known=known, on_close=self._release)
+            channel = self._channels[job_id] = Channel(job_id, newborn=newborn)
+        return Follower(self, self._jobs, self._tail, channel, after, on_close=self._release)
 
     def _release(self, channel: Channel) -> None:
         if not channel.followers and not channel.owned and self._channels.get(channel.job_id) is channel:

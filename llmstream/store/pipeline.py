@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,12 +22,15 @@ Arg = bytes | str | int | float
 Command = tuple[Arg, ...]
 Settle = Callable[[Any, Exception | None], None]
 """Called with the reply, or with the error that came instead of it."""
+_Waiting = tuple[Command | Callable[[], Command], Settle]
 
 MAX_WAITING = 100_000
 MAX_BATCH = 1_000
 
 # Replies that say "not now", as opposed to "never".
 _TRANSIENT = ("OOM", "LOADING", "MISCONF", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS")
+
+logger = logging.getLogger(__name__)
 
 
 class Script:
@@ -48,7 +53,7 @@ class Pipeline:
         self._connect = connect
         self._timeout_s = timeout_s
         self._name = name
-        self._waiting: list[tuple[Command | Callable[[], Command], Settle]] = []
+        self._waiting: list[_Waiting] = []
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
@@ -65,6 +70,9 @@ class Pipeline:
             await asyncio.wait({self._task}, timeout=self._timeout_s)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        for _, settle in self._waiting:
+            _tell(settle, None, StoreUnavailable("The store connection was closed before the command was sent."))
+        self._waiting = []
         await self._drop()
 
     def defer(self, command: Command | Callable[[], Command], settle: Settle) -> None:
@@ -111,30 +119,43 @@ class Pipeline:
             if self._closing:
                 return
 
-    async def _send(self, batch: list[tuple[Command | Callable[[], Command], Settle]]) -> None:
-        settled = 0
+    async def _send(self, batch: list[_Waiting]) -> None:
+        unanswered = deque(settle for _, settle in batch)
         try:
             async with asyncio.timeout(self._timeout_s):
-                connection = self._connection
-                if connection is None or not connection.is_connected:
-                    connection = self._connection = self._connection or self._connect()
-                    await connection.connect()
-                commands = [command() if callable(command) else command for command, _ in batch]
-                await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-                for _, settle in batch:
+                connection = await self._connected()
+                packed, unanswered = _pack(connection, batch)
+                await connection.send_packed_command(packed, check_health=False)
+                while unanswered:
                     reply, error = await self._reply(connection)
-                    settled += 1
-                    settle(reply, error)
-        except (exceptions.RedisError, OSError, TimeoutError) as error:
+                    _tell(unanswered.popleft(), reply, error)
+        except Exception as error:
             await self._drop()
+            if isinstance(error, TimeoutError | exceptions.TimeoutError):
+                # A server that hangs would cost each batch the whole deadline once more.
+                gathered, self._waiting = self._waiting, []
+                unanswered.extend(settle for _, settle in gathered)
+            elif not isinstance(error, exceptions.RedisError | OSError):
+                logger.exception("the store connection %r failed", self._name)
             lost = StoreUnavailable(f"The store does not answer ({type(error).__name__}: {error}).", retry_after=1)
-            for _, settle in batch[settled:]:
-                settle(None, lost)
+            for settle in unanswered:
+                _tell(settle, None, lost)
         except asyncio.CancelledError:
             closed = StoreUnavailable("The store connection was closed before the answer came.")
-            for _, settle in batch[settled:]:
-                settle(None, closed)
+            for settle in unanswered:
+                _tell(settle, None, closed)
             raise
+
+    async def _connected(self) -> Connection:
+        connection = self._connection
+        if connection is None:
+            connection = self._connection = self._connect()
+        elif connection.is_connected and await connection.can_read():
+            # Nothing was asked: the server closed the connection while it was idle.
+            await self._drop()
+        if not connection.is_connected:
+            await connection.connect()
+        return connection
 
     async def _reply(self, connection: Connection) -> tuple[Any, LLMStreamError | None]:
         try:
@@ -152,13 +173,28 @@ class Pipeline:
             await self._connection.disconnect(nowait=True)
 
 
+def _pack(connection: Connection, batch: list[_Waiting]) -> tuple[list[bytes], deque[Settle]]:
+    """The batch as bytes, and who waits for each answer. What cannot be sent is refused alone."""
+    packed: list[bytes] = []
+    settles: deque[Settle] = deque()
+    for command, settle in batch:
+        try:
+            packed += connection.pack_commands([command() if callable(command) else command])
+        except (exceptions.DataError, ValueError) as error:
+            _tell(settle, None, StoreError(f"The command cannot be sent: {error}"))
+        else:
+            settles.append(settle)
+    return packed, settles
+
+
+def _tell(settle: Settle, reply: Any, error: Exception | None) -> None:
+    try:
+        settle(reply, error)
+    except Exception:  # one caller's defect must not silence the store for all others
+        logger.exception("a reply of the store could not be taken in")
+
+
 def _original(error: exceptions.RedisError) -> str:
     """The server's words; redis-py strips the code of errors that it has a class for."""
-    text = str(error)
-    if isinstance(error, exceptions.NoScriptError):
-        return f"NOSCRIPT {text}"
-    if isinstance(error, exceptions.OutOfMemoryError):
-        return f"OOM {text}"
-    if isinstance(error, exceptions.ReadOnlyError):
-        return f"READONLY {text}"
-    return text
+    code = getattr(error, "status_code", None)
+    return f"{code} {error}" if code else str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from redis import exceptions
@@ -12,6 +13,8 @@ from llmstream.store.keys import Keys
 
 SILENCE_S = 10.0
 """A subscription that says nothing for so long is asked whether it lives."""
+
+logger = logging.getLogger(__name__)
 
 
 class Signals:
@@ -40,11 +43,14 @@ class Signals:
         while True:
             connection = self._connect()
             try:
-                await connection.connect()
-                await connection.send_command("SUBSCRIBE", self._wake, self._cancel)
+                async with asyncio.timeout(SILENCE_S):
+                    await connection.connect()
+                    await connection.send_command("SUBSCRIBE", self._wake, self._cancel)
                 delay = 0.05
                 await self._listen(connection)
-            except (exceptions.RedisError, OSError, TimeoutError):
+            except Exception as error:
+                if not isinstance(error, exceptions.RedisError | OSError | TimeoutError):
+                    logger.exception("the subscription failed and begins again")
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 1.0)
             finally:

@@ -40,6 +40,7 @@ class Store:
             self.keys,
             retention_s=settings.retention_s,
             unfinished_retention_s=settings.unfinished_retention_s,
+            outage_s=settings.outage_s,
         )
         self.log = Log(self.writes, self.reads, self.jobs, self.keys, self.tail, outage_s=settings.outage_s)
 
@@ -51,6 +52,7 @@ class Store:
             pool,
             ageing_s=settings.ageing_s,
             max_waiting=settings.max_waiting,
+            lease_s=settings.lease_s,
             ttl_s=self._settings.unfinished_retention_s,
             retention_s=self._settings.retention_s,
         )

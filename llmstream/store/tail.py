@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from typing import Any
 
 from redis import exceptions
 
+from llmstream.errors import StoreError
 from llmstream.store.channel import Channel
 from llmstream.store.connection import Connect, Connection
 from llmstream.store.entry import decode_entry
@@ -17,6 +19,8 @@ from llmstream.store.pipeline import Pipeline
 from llmstream.types import EventId
 
 BLOCK_MS = 2_000
+ANSWER_S = 5.0
+"""What the server gets to answer, beside the time it blocks on purpose."""
 MANY = 64
 """From so many logs on, reads are spaced: each one names all of them."""
 PAUSE_S = 0.02
@@ -24,6 +28,8 @@ NEWBORN_S = 0.05
 """How long a log created here may take to start here before it is watched."""
 RECHECK_S = 10.0
 """Followers that heard nothing for so long look into the store themselves: no lost wake-up lasts."""
+
+logger = logging.getLogger(__name__)
 
 
 class Tail:
@@ -48,19 +54,16 @@ class Tail:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def watch(self, channel: Channel) -> None:
-        """Follows a log from elsewhere from now on. One that was just born here usually starts here a moment later, so
-        it is given that moment first."""
-        if channel.born_here and channel.tip == channel.base:
-            asyncio.get_running_loop().call_later(NEWBORN_S, self._update, channel)
+    def expect(self, channel: Channel) -> None:
+        """Like :meth:`update`, but a log with nothing in it yet usually starts here a moment later, so it is given
+        that moment first."""
+        if channel.empty:
+            asyncio.get_running_loop().call_later(NEWBORN_S, self.update, channel)
         else:
-            self._update(channel)
+            self.update(channel)
 
-    def unwatch(self, channel: Channel) -> None:
-        """Stops following a log that is written here now; what still arrives twice is ignored."""
-        self._update(channel)
-
-    def _update(self, channel: Channel) -> None:
+    def update(self, channel: Channel) -> None:
+        """Looks again whether a log has to be watched: who follows or writes it has changed."""
         if self._is_wanted(channel) != (channel.job_id in self._watched) and not self._changed.is_set():
             self._changed.set()
             self._unblock()
@@ -86,7 +89,7 @@ class Tail:
 
     @staticmethod
     def _is_wanted(channel: Channel) -> bool:
-        return channel.followers > 0 and not channel.owned and not channel.finished
+        return channel.followers > 0 and channel.located and not channel.owned and not channel.finished
 
     def _wanted(self) -> dict[str, EventId]:
         return {channel.job_id: channel.tip for channel in self.channels.values() if self._is_wanted(channel)}
@@ -96,13 +99,16 @@ class Tail:
         while True:
             connection = self._connect()
             try:
-                await connection.connect()
-                await connection.send_command("CLIENT", "ID")
-                self._client_id = await connection.read_response()
-                delay = 0.05
+                async with asyncio.timeout(ANSWER_S):
+                    await connection.connect()
+                    await connection.send_command("CLIENT", "ID")
+                    self._client_id = await connection.read_response()
                 while True:
                     await self._step(connection)
-            except (exceptions.RedisError, OSError, TimeoutError):
+                    delay = 0.05
+            except Exception as error:
+                if not isinstance(error, exceptions.RedisError | OSError | TimeoutError):
+                    logger.exception("the tail of foreign logs failed and begins again")
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 1.0)
             finally:
@@ -122,8 +128,8 @@ class Tail:
         command: list[Any] = ["XREAD", "COUNT", 200, "BLOCK", BLOCK_MS, "STREAMS"]
         command += [self._keys.log(job_id) for job_id in wanted]
         command += [str(position) for position in wanted.values()]
-        await connection.send_command(*command, check_health=False)
-        async with asyncio.timeout(BLOCK_MS / 1000 + 5):
+        async with asyncio.timeout(BLOCK_MS / 1000 + ANSWER_S):
+            await connection.send_command(*command, check_health=False)
             reply = await connection.read_response(disable_decoding=True)
         names = {self._keys.log(job_id).encode(): job_id for job_id in wanted}
         for key, entries in reply or ():
@@ -135,10 +141,16 @@ class Tail:
         channel = self.channels.get(job_id)
         if channel is None:
             return
-        for entry_id, fields in entries:
-            entry = decode_entry(entry_id, fields)
-            channel.publish(entry.after(previous), previous)
-            previous = entry.last
+        try:
+            for entry_id, fields in entries:
+                entry = decode_entry(entry_id, fields)
+                channel.publish(entry.after(previous), previous)
+                previous = entry.last
+        except StoreError as error:
+            # Its followers find out by themselves; the other logs go on.
+            logger.error("a log cannot be followed: %s", error.message, extra={"job_id": job_id})
+            channel.located = False
+            channel.wake()
         self._heard[job_id] = time.monotonic()
 
     def _nudge_silent(self) -> None:

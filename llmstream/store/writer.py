@@ -82,17 +82,8 @@ class Writer:
         """
         await self.flush()
         entry, data = self._entry([finished])
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._outage_s
-        while True:
-            try:
-                if not await self._jobs.finish(self._channel.job_id, self.attempt, entry, data):
-                    raise Fenced(f"Attempt {self.attempt} of job {self._channel.job_id} was superseded.")
-                break
-            except StoreUnavailable:
-                if loop.time() >= deadline:
-                    raise
-                await asyncio.sleep(RETRY_S)
+        if not await self._jobs.finish(self._channel.job_id, self.attempt, entry, data):
+            raise self._superseded()
         self._publish(entry)
 
     def close(self) -> None:
@@ -103,7 +94,7 @@ class Writer:
         self._on_close(self._channel)
 
     def _arm(self) -> None:
-        if not self._armed and (self._pending or self._inflight):
+        if not self._armed and self.lost is None and (self._pending or self._inflight):
             self._armed = True
             self._idle.clear()
             self._pipeline.defer(self._command, self._settle)
@@ -159,7 +150,7 @@ class Writer:
     def _refused(self) -> None:
         """The id is taken: by ourselves, if an earlier answer was lost, or by a newer attempt."""
         if self._failing_since is None or self._inflight is None:
-            self._lose(Fenced(f"Attempt {self.attempt} of job {self._channel.job_id} was superseded."))
+            self._lose(self._superseded())
             return
         entry, data = self._inflight
 
@@ -170,10 +161,13 @@ class Writer:
             elif reply and reply[0][1] == [FIELD, data]:
                 self._acknowledged()
             else:
-                self._lose(Fenced(f"Attempt {self.attempt} of job {self._channel.job_id} was superseded."))
+                self._lose(self._superseded())
 
         self._armed = True
         self._pipeline.defer(("XRANGE", self._key, str(entry.last), str(entry.last)), compare)
+
+    def _superseded(self) -> Fenced:
+        return Fenced(f"Attempt {self.attempt} of job {self._channel.job_id} was superseded.")
 
     def _lose(self, error: Fenced | StoreUnavailable) -> None:
         if self.lost is None:

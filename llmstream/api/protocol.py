@@ -1,0 +1,97 @@
+"""The HTTP server under the application: what is no proper HTTP never reaches a middleware and is answered here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from typing import Any
+
+from aiohttp import http_exceptions, web
+
+from llmstream.api.body import unsupported_encoding
+from llmstream.api.middleware import refusal
+from llmstream.errors import BadRequest, LLMStreamError, error_body
+from llmstream.types import Failure
+
+LINGER_S = 1.0
+"""How long a body that nobody wants is read and thrown away, so that its sender sees the answer before the end."""
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(web.AppRunner):
+    """Runs an application on connections that answer broken requests in the same shape as all others."""
+
+    async def _make_server(self) -> web.Server:
+        # Does what the application needs to start; its server only lends the two functions that lead into it.
+        server = await super()._make_server()
+        handler = _in_one_shape(server.request_handler)
+        return _Server(handler, request_factory=server.request_factory, **self._kwargs)
+
+
+def _in_one_shape(handler: Any) -> Any:
+    """Some refusals, that of an unknown ``Expect`` for one, are raised before the middlewares are entered."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        try:
+            answer: web.StreamResponse = await handler(request)
+        except web.HTTPException as error:
+            return refusal(request, error)
+        return answer
+
+    return handle
+
+
+class _Server(web.Server):
+    def __init__(self, handler: Any, *, request_factory: Any, **kwargs: Any) -> None:
+        super().__init__(handler, request_factory=request_factory)
+        self._made_with = kwargs
+
+    def __call__(self) -> web.RequestHandler:
+        return Connection(self, loop=asyncio.get_running_loop(), lingering_time=LINGER_S, **self._made_with)
+
+
+class Connection(web.RequestHandler):
+    """One client's connection."""
+
+    __slots__ = ()
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Logs what is wrong with us; a client that leaves or sends a broken body is none of that."""
+        if isinstance(kw.get("exc_info"), web.RequestPayloadError | ConnectionError):
+            logger.debug("the client broke off", exc_info=kw["exc_info"])
+        else:
+            super().log_exception(*args, **kw)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answers what could not be parsed, or what went wrong outside of the middlewares; ends the connection."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("a part of another answer has been sent already")
+        request_id = secrets.token_hex(8)
+        if isinstance(exc, http_exceptions.HttpProcessingError):
+            error = _refusal(exc)
+            logger.info("refused bytes of %s: %s", request.remote, error.message, extra={"request_id": request_id})
+            failure, status = error.failure(), error.http_status
+        else:
+            if not isinstance(exc, ConnectionError):
+                logger.error("a request failed", exc_info=exc, extra={"request_id": request_id})
+            failure = Failure(message=f"Something went wrong inside llmstream ({request_id}).", code="internal_error")
+        response = web.json_response(error_body(failure), status=status, headers={"x-request-id": request_id})
+        response.force_close()
+        return response
+
+
+def _refusal(error: http_exceptions.HttpProcessingError) -> LLMStreamError:
+    if isinstance(error, http_exceptions.ContentEncodingError):
+        return unsupported_encoding()
+    if isinstance(error, http_exceptions.LineTooLong):
+        return BadRequest("The request's first line or one of its headers is too long.", status=431, code="too_long")
+    said = error.message.strip().partition("\n")[0].rstrip(":.")
+    return BadRequest(f"The request is not valid HTTP: {said}.", code="invalid_http")

@@ -1,0 +1,144 @@
+"""The command line: what can be typed, and what becomes of errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TypeAlias
+
+from llmstream import __version__
+from llmstream.commands.options import Command, assignment, event_id, program
+from llmstream.errors import ConfigError, LLMStreamError
+
+EPILOG = """\
+Settings come from defaults < --config FILE < environment (SERVER__PORT, STORE__URL …) < flags.
+Exit status: 0 done, 1 something failed, 2 wrong flags or configuration, 130 interrupted."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return _command(args)(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Nobody reads our output any more; nor shall Python try to write what is left when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _report(error, debug=args.debug)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program(),
+        description="A durable, streaming LLM gateway: every answer is logged before it is seen.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"llmstream {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    settings = _settings_flags()
+    client = argparse.ArgumentParser(add_help=False, parents=[settings])
+    client.add_argument("--url", help="the server to talk to (LLMSTREAM_URL); by default the one that runs here")
+    _add_serve(commands, settings)
+    _add_chat(commands, client)
+    _add_jobs(commands, client)
+    _add_models(commands, client)
+    doctor = commands.add_parser("doctor", parents=[client], help="check everything the service needs")
+    doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
+    doctor.set_defaults(command="doctor:run")
+    return parser
+
+
+def _settings_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--config", metavar="FILE", help="YAML file with settings (LLMSTREAM_CONFIG)")
+    flags.add_argument("--data-dir", metavar="DIR", help="where weights and the embedded store live")
+    flags.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        type=assignment,
+        dest="assignments",
+        help="any setting by its dotted key, for example scheduler.max_waiting=100; can be repeated",
+    )
+    flags.add_argument("--debug", action="store_true", help="show where an error comes from")
+    return flags
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _add_serve(commands: Commands, settings: argparse.ArgumentParser) -> None:
+    serve = commands.add_parser("serve", parents=[settings], help="run the server")
+    serve.add_argument("--host", help="address to listen on")
+    serve.add_argument("--port", help="port to listen on; 0 picks a free one")
+    serve.add_argument("--print-config", action="store_true", help="print the settings, secrets masked, and exit")
+    serve.set_defaults(command="serve:run")
+
+
+def _add_chat(commands: Commands, client: argparse.ArgumentParser) -> None:
+    chat = commands.add_parser(
+        "chat",
+        parents=[client],
+        help="ask a question; the answer streams to the terminal",
+        description="Asks the running server, or a server inside this process when none runs. Standard output gets "
+        "the answer and nothing else.",
+    )
+    chat.add_argument("question", nargs="?", help="what to ask; - reads it from standard input")
+    chat.add_argument("--model", help="which model answers; by default the first one of the server")
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--max-tokens", type=int, help="longest answer, in tokens")
+    chat.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
+    chat.add_argument("--priority", type=int, help="10 first, -10 last")
+    chat.add_argument("--resume", metavar="ID", help="read the answer of this job, from its beginning")
+    chat.add_argument("--after", metavar="EVENT_ID", type=event_id, help="with --resume: only what follows this event")
+    chat.add_argument("--timings", action="store_true", help="tell the time to the first token and tokens per second")
+    chat.set_defaults(command="chat:run")
+
+
+def _add_jobs(commands: Commands, client: argparse.ArgumentParser) -> None:
+    jobs = commands.add_parser("jobs", parents=[client], help="list the latest jobs, or show one")
+    jobs.add_argument("id", nargs="?", help="show this job")
+    jobs.add_argument("--limit", type=int, default=20, help="how many to list (20)")
+    jobs.add_argument("--json", action="store_true", help="print JSON")
+    jobs.set_defaults(command="jobs:run")
+    cancel = commands.add_parser("cancel", parents=[client], help="end jobs that wait or run")
+    cancel.add_argument("ids", nargs="+", metavar="ID")
+    cancel.set_defaults(command="jobs:cancel")
+
+
+def _add_models(commands: Commands, client: argparse.ArgumentParser) -> None:
+    models = commands.add_parser(
+        "models",
+        parents=[client],
+        help="list models, or pull weights",
+        description="list: the models of the running server, else those of the configuration. pull: fetch weights and "
+        "print where they are; SOURCE is a name such as smollm2, or a Hugging Face owner/repo/file.gguf.",
+    )
+    models.add_argument("action", nargs="?", choices=["list", "pull"], default="list")
+    models.add_argument("source", nargs="?", metavar="SOURCE")
+    models.set_defaults(command="models:run")
+
+
+def _command(args: argparse.Namespace) -> Command:
+    # Imported now, so that a command pays only for what it uses.
+    module, _, name = args.command.partition(":")
+    run: Callable[[argparse.Namespace], int] = getattr(import_module(f"llmstream.commands.{module}"), name)
+    return run
+
+
+def _report(error: Exception, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    known = isinstance(error, LLMStreamError)
+    said = str(error) if known else f"{type(error).__name__}: {error}. This should not happen; --debug shows where."
+    sys.stderr.write(f"error: {said}\n")
+    return 2 if isinstance(error, ConfigError) else 1

@@ -1,0 +1,68 @@
+"""Runs a command's coroutine: on uvloop where there is one, until it ends or a signal asks it to."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+DOUBLED_S = 0.3
+"""A terminal's Ctrl-C may come twice: from the terminal and from a program between it and us."""
+
+Main = Callable[[], Coroutine[Any, Any, int]]
+
+
+def run(main: Main, *, on_stop: Callable[[], None] = lambda: None) -> int:
+    """Returns the exit status of ``main``.
+
+    The first SIGINT or SIGTERM calls ``on_stop`` and cancels ``main``, which ends in order; when it passes the
+    cancellation on, the status is 130 or 143. From then on a SIGINT ends the process at once.
+    """
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        stop = _Stop(on_stop)
+        try:
+            return runner.run(stop.guard(main))
+        except asyncio.CancelledError:
+            if stop.signal is None:
+                raise
+            return 128 + stop.signal
+
+
+class _Stop:
+    def __init__(self, on_stop: Callable[[], None]) -> None:
+        self.signal: int | None = None
+        self._on_stop = on_stop
+
+    async def guard(self, main: Main) -> int:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def stop(number: int) -> None:
+            if self.signal is not None:
+                return
+            self.signal = number
+            loop.call_later(DOUBLED_S, _end_at_once_on_sigint, loop)
+            self._on_stop()
+            task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop, number)
+        return await main()
+
+
+def _end_at_once_on_sigint(loop: asyncio.AbstractEventLoop) -> None:
+    # The system's own reaction works even when this program is stuck.
+    loop.remove_signal_handler(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if os.name == "nt":
+        return None
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

@@ -1,0 +1,115 @@
+"""Models that run here, each in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+
+from llmstream.config import ModelSettings
+from llmstream.errors import BadRequest, ContextLengthExceeded, UpstreamBroken
+from llmstream.providers.device import Device
+from llmstream.providers.engines.base import EngineSpec
+from llmstream.providers.fields import check_fields
+from llmstream.transcript import Transcript
+from llmstream.types import Delta, GenerateRequest, ModelInfo
+
+
+class LocalProvider:
+    """Implements :class:`~llmstream.providers.base.Provider` with one engine process."""
+
+    def __init__(self, name: str, settings: ModelSettings, weights: Path) -> None:
+        self._name, self._settings = name, settings
+        self._device = Device(
+            name,
+            EngineSpec(
+                engine=settings.engine,
+                path=str(weights),
+                slots=settings.slots,
+                context=settings.context,
+                threads=settings.threads,
+                gpu_layers=settings.gpu_layers,
+                model_type=settings.model_type,
+                system_prompt=settings.system_prompt,
+            ),
+        )
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def pool(self) -> str:
+        return self._name
+
+    @property
+    def slots(self) -> int:
+        return self._device.info.slots
+
+    @property
+    def models(self) -> Sequence[ModelInfo]:
+        return [ModelInfo(name=self._name, provider=self._name, context=self._device.info.context or None)]
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process, while it runs."""
+        return self._device.pid
+
+    async def open(self) -> None:
+        await self._device.open()
+
+    async def close(self) -> None:
+        await self._device.close()
+
+    async def check(self, request: GenerateRequest) -> None:
+        check_fields(request)
+        if request.choices > self.slots:
+            raise BadRequest(
+                f"n={request.choices} asks for more choices than the {self.slots} slots of {self._name!r}.", param="n"
+            )
+        field = "messages" if request.kind == "chat" else "prompt"
+        prompt, context = await self._device.count(request), self._device.info.context
+        excess = prompt + (request.max_tokens or 1) - context
+        if excess > 0:
+            answer = f" and {request.max_tokens} tokens are asked for" if request.max_tokens else ""
+            raise ContextLengthExceeded(
+                f"The prompt has {prompt} tokens{answer}, which exceeds the context of {context} tokens by {excess} "
+                f"tokens; shorten the {field}" + (" or lower max_tokens." if answer else "."),
+                param=field,
+            )
+
+    def can_continue(self, request: GenerateRequest, so_far: Transcript) -> bool:
+        """Text of one choice only: the state of a grammar or of a half-written tool call is not in the log."""
+        details, body = self._device.info.details, request.body
+        bound = (body.get("response_format") or {}).get("type", "text") != "text"
+        tools = bool(body.get("tools")) and body.get("tool_choice") != "none"
+        plain = request.kind == "completion" or details.get("continues_chat", True)
+        return request.choices == 1 and not bound and not tools and bool(plain) and so_far.continuable
+
+    async def generate(
+        self, request: GenerateRequest, so_far: Transcript | None
+    ) -> AsyncGenerator[Sequence[Delta], None]:
+        text, tokens = (so_far.text, tuple(so_far.tokens)) if so_far else ("", ())
+        unfinished = set(range(request.choices))
+        stream = await self._device.start(request, text, tokens)
+        try:
+            async for batch in stream.batches():
+                unfinished -= {delta.index for delta in batch if delta.finish_reason}
+                yield batch
+        finally:
+            await self._device.stop(stream)
+        if unfinished:
+            raise UpstreamBroken(f"The engine of {self._name!r} stopped in the middle of an answer.")
+
+    async def health(self) -> dict[str, object]:
+        """Status ``loading``, ``ok``, ``restarting`` or ``closed``, with pid, context, slots and restarts."""
+        device = self._device
+        return {
+            "status": device.state,
+            "engine": self._settings.engine,
+            "pid": device.pid,
+            "context": device.info.context,
+            "slots": device.info.slots,
+            "restarts": device.restarts,
+            "details": device.info.details,
+            **({"error": device.last_error} if device.last_error and device.state != "ok" else {}),
+        }

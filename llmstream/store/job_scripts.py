@@ -1,0 +1,108 @@
+"""The steps that change a job's record and log, each one atomic script on keys of one hash slot."""
+
+from __future__ import annotations
+
+from llmstream.store.entry import FIELD
+from llmstream.store.pipeline import Script
+
+CREATE = Script(
+    "create",
+    """
+-- KEYS job; ARGV spec, ttl_ms. 1: created, or created before with the very same spec; 0: the id is taken.
+local spec = redis.call('HGET', KEYS[1], 'spec')
+if spec then return spec == ARGV[1] and 1 or 0 end
+redis.call('HSET', KEYS[1], 'spec', ARGV[1], 'status', 'queued', 'attempt', 0)
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 1
+""",
+)
+
+BEGIN = Script(
+    "begin",
+    """
+-- KEYS job, log; ARGV replica, at, max_attempts, entry, ttl_ms, token.
+-- Opens the next attempt; from here on the log refuses every older one. The token tells a repeated call.
+local job = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'spec', 'started_at', 'handed_over', 'token')
+if not job[1] then return {'gone'} end
+if job[1] ~= 'queued' and job[1] ~= 'in_progress' then return {'done'} end
+local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 2)
+local handed_over = tonumber(job[5] or 0)
+if job[6] == ARGV[6] then
+  return {'begun', job[3], tonumber(job[2]), last[2] and last[2][1] or '0-0', job[4], job[2] - handed_over}
+end
+local attempt = tonumber(job[2]) + 1
+if attempt - handed_over > tonumber(ARGV[3]) then return {'exhausted'} end
+redis.call('XADD', KEYS[2], attempt .. '-0', 'e', ARGV[4])
+redis.call('HSET', KEYS[1], 'status', 'in_progress', 'attempt', attempt, 'replica', ARGV[1], 'token', ARGV[6])
+if not job[4] then redis.call('HSET', KEYS[1], 'started_at', ARGV[2]) end
+redis.call('PEXPIRE', KEYS[1], ARGV[5])
+redis.call('PEXPIRE', KEYS[2], ARGV[5])
+return {'begun', job[3], attempt, last[1] and last[1][1] or '0-0', job[4] or ARGV[2], attempt - handed_over}
+""",
+)
+
+FINISH = Script(
+    "finish",
+    """
+-- KEYS job, log; ARGV attempt, entry id, entry, status, outcome, ttl_ms.
+-- Terminal event, status and expiry in one step, for the attempt that still owns the log.
+local job = redis.call('HMGET', KEYS[1], 'status', 'attempt')
+if not job[1] then return 'gone' end
+local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
+local last_id = last[1] and last[1][1] or '0-0'
+if job[1] ~= 'in_progress' then return last_id == ARGV[2] and job[1] == ARGV[4] and 'ok' or 'fenced' end
+if job[2] ~= ARGV[1] then return 'fenced' end
+local added = redis.pcall('XADD', KEYS[2], ARGV[2], 'e', ARGV[3])
+if type(added) == 'table' and added.err then
+  if string.find(added.err, 'equal or smaller') then return 'fenced' end
+  return added
+end
+redis.call('HSET', KEYS[1], 'status', ARGV[4], 'outcome', ARGV[5])
+redis.call('PEXPIRE', KEYS[1], ARGV[6])
+redis.call('PEXPIRE', KEYS[2], ARGV[6])
+return 'ok'
+""",
+)
+
+END = Script(
+    "end",
+    """
+-- KEYS job, log; ARGV status, entry, outcome, ttl_ms, channel, job id.
+-- Ends a job from outside: takes the next attempt, whose only event is the terminal one, so the owner is fenced.
+local job = redis.call('HMGET', KEYS[1], 'status', 'attempt')
+if not job[1] then return {'gone'} end
+if job[1] ~= 'queued' and job[1] ~= 'in_progress' then return {'done', job[1]} end
+local attempt = tonumber(job[2]) + 1
+local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
+redis.call('XADD', KEYS[2], attempt .. '-0', 'e', ARGV[2])
+redis.call('HSET', KEYS[1], 'status', ARGV[1], 'outcome', ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+redis.call('PEXPIRE', KEYS[2], ARGV[4])
+redis.call('PUBLISH', ARGV[5], ARGV[6])
+return {'ended', ARGV[1], attempt, last[1] and last[1][1] or '0-0'}
+""",
+)
+
+HAND_OVER = Script(
+    "hand_over",
+    """
+-- KEYS job; ARGV attempt. An attempt given up on purpose does not count against the limit.
+local job = redis.call('HMGET', KEYS[1], 'status', 'attempt')
+if job[1] ~= 'in_progress' or job[2] ~= ARGV[1] then return 0 end
+redis.call('HINCRBY', KEYS[1], 'handed_over', 1)
+redis.call('HSET', KEYS[1], 'status', 'queued')
+return 1
+""",
+)
+
+JOIN = Script(
+    "join",
+    """
+-- KEYS session; ARGV created at, job id, ttl_ms, jobs kept.
+redis.call('ZADD', KEYS[1], ARGV[1], ARGV[2])
+redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -ARGV[4] - 1)
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+""",
+)
+
+assert FIELD == b"e", "the scripts above spell the field's name"
