@@ -122,7 +122,8 @@ class Device:
                 await stream.done.wait()
         except TimeoutError:
             self.last_error = "a cancelled generation did not end"
-            if process:
+            if process and process is self._live:
+                self._ready.clear()
                 process.kill()
         self._streams.pop(stream.id, None)
 

@@ -154,6 +154,8 @@ class Worker:
                 so_far = transcript
             else:
                 writer.append(Restart("the earlier attempt cannot be continued"), _EVENT_BYTES)
+        elif begun.attempt > 1 and begun.previous == BEGINNING:
+            writer.append(Restart("the store lost what the earlier attempts wrote"), _EVENT_BYTES)
         self._continuable = provider.can_continue(request, so_far or Transcript())
         return await self._stream(provider, begun.job, so_far, writer)
 

@@ -14,7 +14,7 @@ from llmstream.errors import EngineCrashed, Fenced, ShuttingDown, UpstreamBroken
 from llmstream.providers.base import Provider
 from llmstream.routing.router import Router
 from llmstream.scheduler import worker as worker_module
-from llmstream.scheduler.worker import Worker
+from llmstream.scheduler.worker import Result, Worker
 from llmstream.store.store import Store
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, Event, Finished, GenerateRequest, Job, Restart, Started
@@ -115,7 +115,15 @@ async def test_a_stall_is_noticed(store: Store, at: int) -> None:
     """A model that falls silent loses the attempt at the deadline for its next token; the next one goes on."""
     job = await submit(store, tokens=LENGTH, fault="stall", at=at, attempts=1)
     worker = make_worker(store, job, first_token_s=0.05, stall_s=0.05)
-    assert await run_with_heartbeats(worker) == "done"
+    task = asyncio.create_task(worker.run())
+    await wait_until(lambda: _has_said(store, job, at))
+
+    def noticed() -> bool:
+        worker.check_deadlines()
+        return worker._interruption is not None
+
+    await wait_until(noticed)
+    assert await task == "done"
     log, end = await ending(store, job)
     assert (end.status, attempts_in(log), text_of(log)) == ("completed", 2, tokens(LENGTH))
 
@@ -124,16 +132,16 @@ async def test_a_stall_for_good(store: Store) -> None:
     """A model that falls silent in every attempt fails the job and says so."""
     job = await submit(store, tokens=LENGTH, fault="stall", at=5)
     worker = make_worker(store, job, first_token_s=0.05, stall_s=0.05)
-    await run_with_heartbeats(worker)
+    task = asyncio.create_task(worker.run())
+    await wait_until(lambda: _has_said(store, job, 5))
+    await with_heartbeats(worker, task)
     log, end = await ending(store, job)
     assert end.failure is not None
     assert (end.status, end.failure.code, text_of(log)) == ("failed", "upstream_broken", tokens(5))
     assert "no first token within 0.05 s" in end.failure.message
 
 
-async def run_with_heartbeats(worker: Worker) -> str:
-    task = asyncio.create_task(worker.run())
-
+async def with_heartbeats(worker: Worker, task: asyncio.Task[Result]) -> Result:
     def look() -> bool:
         worker.check_deadlines()
         return task.done()
@@ -174,7 +182,7 @@ async def test_the_total_deadline_counts_from_the_first_attempt(store: Store) ->
     await store.jobs.begin(job.id, Started(replica="dead", at=clock.now), 3)
     clock.now += 301
     worker = make_worker(store, job, clock=clock, total_s=300.0)
-    assert await run_with_heartbeats(worker) == "done"
+    assert await with_heartbeats(worker, asyncio.create_task(worker.run())) == "done"
     _, end = await ending(store, job)
     assert end.failure is not None
     assert end.failure.code == "deadline_exceeded"
@@ -242,6 +250,17 @@ async def test_what_cannot_be_continued_starts_over_visibly(store: Store) -> Non
     kinds = [type(event.data).__name__ for event in log if not isinstance(event.data, Started)]
     assert kinds == ["Delta", "Restart", "Delta", "Restart", "Delta", "Delta", "Finished"]
     assert (Transcript(log).text, end.status) == ("try 3", "completed")
+
+
+async def test_a_log_that_was_lost_starts_over_visibly(store: Store) -> None:
+    """Where the store has lost what earlier attempts wrote, readers who saw it are told to start over."""
+    job = await submit(store, tokens=LENGTH)
+    await begin(store, job)
+    await store.writes.call("DEL", store.keys.log(job.id))
+    assert await make_worker(store, job).run() == "done"
+    log, _ = await ending(store, job)
+    assert [type(event.data) for event in log[:2]] == [Started, Restart]
+    assert Transcript(log).text == tokens(LENGTH)
 
 
 async def test_an_answer_that_only_lacks_its_end_is_not_generated_again(store: Store) -> None:

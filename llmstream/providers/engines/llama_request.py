@@ -13,7 +13,7 @@ _SAME_NAME = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "pr
 
 def is_bound(request: GenerateRequest) -> bool:
     """Whether a JSON schema binds the answer."""
-    return (request.body.get("response_format") or {"type": "text"})["type"] != "text"
+    return bool((request.body.get("response_format") or {"type": "text"})["type"] != "text")
 
 
 def top_logprobs(request: GenerateRequest) -> int | None:
