@@ -20,7 +20,8 @@
     │   └── DeadlineExceeded  504  the job ran out of its time
     └── Fenced                     another attempt or a cancellation took the job over; never shown to a client
 
-A room may add leaves of its own beside its code. Each class carries the HTTP ``status``, the OpenAI ``type`` and ``code``, and whether trying again can help.
+A room may add leaves of its own beside its code. Each class carries the HTTP ``status``, the OpenAI ``type`` and
+``code``, and whether trying again can help.
 """
 
 from __future__ import annotations

@@ -126,12 +126,13 @@ class Gateway:
         await self._lanes(state.job.pool).remove(job_id)
         return state
 
-    async def session_job(self, session_id: str) -> str:
-        """Id of the latest job of a session. Raises NotFound."""
-        jobs = await self._store.jobs.session_jobs(session_id)
-        if not jobs:
+    async def latest_job(self, session_id: str) -> str:
+        """Id of the latest job of a session; a job without a session is a session of its own. Raises NotFound."""
+        if jobs := await self._store.jobs.session_jobs(session_id):
+            return jobs[0]
+        if await self._store.jobs.find(session_id) is None:
             raise NotFound(f"There is no session {session_id!r}; it never existed or its retention time is over.")
-        return jobs[0]
+        return session_id
 
     async def recent(self, limit: int = 50) -> list[JobState]:
         """The latest jobs of all pools this replica knows, newest first."""

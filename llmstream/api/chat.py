@@ -55,13 +55,15 @@ async def chat(request: web.Request) -> web.StreamResponse:
 async def stream(request: web.Request) -> web.StreamResponse:
     """The latest answer of a session, or that of ``?task_id=``; goes on behind ``Last-Event-ID``.
 
+    A job that belongs to no session is read under its own id.
+
     204 when there is nothing more, which tells an EventSource to stop.
     """
     gateway = request.app[GATEWAY]
     session_id = request.match_info["session_id"]
-    job_id = request.query.get("task_id") or await gateway.session_job(session_id)
+    job_id = request.query.get("task_id") or await gateway.latest_job(session_id)
     state = await gateway.job(job_id)
-    if state.job.session_id != session_id:
+    if (state.job.session_id or job_id) != session_id:
         raise NotFound(f"Session {session_id!r} has no job {job_id!r}.")
     after = position(request)
     headers = {"x-job-id": job_id}

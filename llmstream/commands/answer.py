@@ -163,14 +163,3 @@ def ending_of(job: dict[str, Any]) -> Ending | None:
         return None
     error = job.get("error")
     return Ending(job["status"], error["message"] if error else None, job.get("finish_reason"))
-
-
-def check_readable(job: dict[str, Any]) -> str:
-    """The session under which a job can be read. Raises LLMStreamError for a job without one."""
-    session_id = job.get("session_id")
-    if not session_id:
-        raise LLMStreamError(
-            f"Job {job['task_id']} belongs to no session; read it at "
-            f"/v1/chat/completions/chatcmpl-{job['task_id']}?stream=true."
-        )
-    return str(session_id)

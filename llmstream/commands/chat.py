@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
-from llmstream.commands.answer import Answer, Ending, Unfinished, check_readable
+from llmstream.commands.answer import Answer, Ending, Unfinished
 from llmstream.commands.options import program, read_settings, repeated
 from llmstream.commands.running import run as run_to_end
 from llmstream.commands.service import Service, Unreachable, open_finder
@@ -103,7 +103,7 @@ class Chat:
             host.find,
             self._output,
             job_id=job["task_id"],
-            session_id=check_readable(job),
+            session_id=job["session_id"] or job["task_id"],
             after=self._args.after,
         )
         if self._args.after is None:

@@ -23,7 +23,20 @@ from llmstream.store.jobs import Begun, Jobs
 from llmstream.store.log import Log
 from llmstream.store.writer import Writer
 from llmstream.transcript import Transcript
-from llmstream.types import BEGINNING, Clock, Failure, Finished, Job, Restart, Started, Status, Usage
+from llmstream.types import (
+    BEGINNING,
+    Clock,
+    Delta,
+    Event,
+    EventId,
+    Failure,
+    Finished,
+    Job,
+    Restart,
+    Started,
+    Status,
+    Usage,
+)
 
 Result = Literal["done", "release"]
 """What becomes of the claim: the job needs no more work, or somebody else shall go on."""
@@ -32,6 +45,9 @@ FLUSH_S = 2.0
 BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
 _EVENT_BYTES = 96
+
+_BARELY_BEGUN = Transcript([Event(EventId(1, 1), Delta())])
+"""Stands for whatever text an attempt may have produced when it is asked to hand over."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -156,7 +172,7 @@ class Worker:
                 writer.append(Restart("the earlier attempt cannot be continued"), _EVENT_BYTES)
         elif begun.attempt > 1 and begun.previous == BEGINNING:
             writer.append(Restart("the store lost what the earlier attempts wrote"), _EVENT_BYTES)
-        self._continuable = provider.can_continue(request, so_far or Transcript())
+        self._continuable = provider.can_continue(request, so_far or _BARELY_BEGUN)
         return await self._stream(provider, begun.job, so_far, writer)
 
     async def _stream(self, provider: Provider, job: Job, so_far: Transcript | None, writer: Writer) -> Finished:
@@ -169,6 +185,8 @@ class Worker:
                 for delta in batch:
                     writer.append(delta, len(delta.text) + _EVENT_BYTES)
                     usage = delta.usage or usage
+                    if delta.fields:
+                        self._continuable = False
                     if delta.finish_reason is not None:
                         reasons[delta.index] = delta.finish_reason
                 if writer.congested:
