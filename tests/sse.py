@@ -1,7 +1,7 @@
 """Server-sent events for tests, from bytes to frames. No I/O.
 
-Follows https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation to the letter, so that
-it takes nothing that a browser would not.
+Follows https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation to the letter, so
+that it takes nothing that a browser would not.
 """
 
 from __future__ import annotations

@@ -48,10 +48,7 @@ async def _read(request: web.Request) -> bytes:
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception:  # whatever the decoder raises
-        raise BadRequest(
-            "The request body cannot be read: it is not what its Content-Encoding or Transfer-Encoding says.",
-            code="invalid_body",
-        ) from None
+        raise unreadable() from None
 
 
 def _decode(raw: bytes) -> Any:
@@ -123,6 +120,13 @@ def unsupported_encoding() -> BadRequest:
         "The body's Content-Encoding is not supported here; send it as it is, or with gzip or deflate.",
         status=415,
         code="unsupported_encoding",
+    )
+
+
+def unreadable() -> BadRequest:
+    return BadRequest(
+        "The request body cannot be read: it is not what its Content-Encoding or Transfer-Encoding says.",
+        code="invalid_body",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import http_exceptions, web
 
-from llmstream.api.body import unsupported_encoding
+from llmstream.api.body import unreadable, unsupported_encoding
 from llmstream.api.middleware import refusal
 from llmstream.errors import BadRequest, LLMStreamError, error_body
 from llmstream.types import Failure
@@ -90,7 +90,8 @@ class Connection(web.RequestHandler):
 
 def _refusal(error: http_exceptions.HttpProcessingError) -> LLMStreamError:
     if isinstance(error, http_exceptions.ContentEncodingError):
-        return unsupported_encoding()
+        missing = "install" in error.message  # aiohttp knows it, but not without a package that is not here
+        return unsupported_encoding() if missing else unreadable()
     if isinstance(error, http_exceptions.LineTooLong):
         return BadRequest("The request's first line or one of its headers is too long.", status=431, code="too_long")
     said = error.message.strip().partition("\n")[0].rstrip(":.")

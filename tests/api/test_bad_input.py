@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
+import pytest_asyncio
 
 from llmstream.config import ServerSettings
 from llmstream.server import Server
 from tests.api.reading import conversation, submit
 from tests.conftest import echo_settings
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LIMIT = 64 * 1024
 GOOD = json.dumps(conversation()).encode()
@@ -40,20 +43,32 @@ class Reply(NamedTuple):
         return error
 
 
-@pytest.fixture
-async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
-    """A server with a small limit for bodies that must be well, and idle, after each test."""
-    folder = tmp_path_factory.mktemp("bad")
-    given = {"server": ServerSettings(port=0, shutdown_grace_s=2, max_body_bytes=LIMIT)}
-    async with Server(echo_settings(folder, **given)) as server:
-        before = {task.get_name() for task in asyncio.all_tasks() if not task.get_name().startswith("Task-")}
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
+    """One server with a small limit for bodies, for all that is sent here: nothing may hurt it."""
+    given: Any = {"server": ServerSettings(port=0, shutdown_grace_s=2, max_body_bytes=LIMIT)}
+    async with Server(echo_settings(tmp_path_factory.mktemp("bad"), **given)) as server:
         yield server
-        async with aiohttp.ClientSession(server.url) as http:
-            async with http.post("/v1/chat/completions", data=GOOD) as response:
-                assert response.status == 200
-            await wait_until(lambda: _idle(http))
-        after = {task.get_name() for task in asyncio.all_tasks() if not task.get_name().startswith("Task-")}
-        assert after == before
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def server(shared: Server) -> AsyncIterator[Server]:
+    """The server, which must be well and idle, with the tasks it had before, after each test."""
+    before = _named_tasks()
+    yield shared
+    async with aiohttp.ClientSession(shared.url) as http:
+        async with http.post("/v1/chat/completions", data=GOOD) as response:
+            assert response.status == 200
+        await wait_until(lambda: _idle(http))
+    assert _named_tasks() == before
+
+
+def _named_tasks() -> set[str]:
+    return {task.get_name() for task in asyncio.all_tasks() if not task.get_name().startswith("Task-")}
+
+
+async def _jobs(server: Server) -> list[str]:
+    return [state.job.id for state in await server.gateway.recent()]
 
 
 async def _idle(http: aiohttp.ClientSession) -> bool:
@@ -115,7 +130,7 @@ def nested(depth: int) -> bytes:
         b'"text"',
         b"null",
         b"5",
-        nested(99),
+        nested(100),
         nested(500),
         nested(984),
         nested(990),
@@ -130,8 +145,8 @@ async def test_what_is_no_json_object_is_refused(server: Server, body: bytes) ->
 
 
 async def test_nesting_that_is_allowed_works(server: Server) -> None:
-    """Ninety-eight brackets inside one another are no reason to refuse."""
-    assert (await raw(server, request(nested(98)))).status == 200
+    """A hundred brackets inside one another are no reason to refuse."""
+    assert (await raw(server, request(nested(99)))).status == 200
 
 
 async def test_an_announced_body_that_is_too_large_is_refused_at_once(server: Server) -> None:
@@ -170,8 +185,9 @@ async def test_bodies_that_are_not_what_they_say_are_refused(server: Server, nam
         reply = await raw(server, *parts)
         assert reply.status == 400
         assert "Content-Encoding" in reply.error["message"]
-    half = gzip.compress(GOOD)[:-9] if name == "gzip" else zlib.compress(GOOD)[:-5]
-    assert (await raw(server, request(half, f"Content-Encoding: {name}"))).error
+    packed = gzip.compress(GOOD) if name == "gzip" else zlib.compress(GOOD)
+    reply = await raw(server, request(packed[: len(packed) // 2], f"Content-Encoding: {name}"))
+    assert (reply.status, reply.error["type"]) == (400, "invalid_request_error")
 
 
 @pytest.mark.parametrize("name", ["br", "zstd", "klingon", "gzip, gzip", "x-gzip", "base64"])
@@ -226,6 +242,7 @@ async def test_a_client_that_leaves_while_it_sends_is_no_error(
 ) -> None:
     """A body whose sender goes away leaves neither a job nor a traceback."""
     host, _, port = server.url.removeprefix("http://").partition(":")
+    jobs = await _jobs(server)
     _, writer = await asyncio.open_connection(host, int(port))
     writer.write(request(GOOD)[:-5])
     await writer.drain()
@@ -234,9 +251,9 @@ async def test_a_client_that_leaves_while_it_sends_is_no_error(
     if end:
         writer.write_eof()
     writer.transport.abort()
-    async with aiohttp.ClientSession(server.url) as http:
-        async with http.get("/jobs") as response:
-            assert (await response.json())["data"] == []
+    async with aiohttp.ClientSession(server.url) as http, http.get("/health"):
+        pass
+    assert await _jobs(server) == jobs
     assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
 
 
@@ -276,14 +293,14 @@ async def test_a_client_that_leaves_while_it_sends_is_no_error(
 )
 async def test_wrong_fields_are_named(server: Server, change: dict[str, Any], param: str) -> None:
     """Both families of routes name the field that is wrong, and accept nothing of the request."""
+    jobs = await _jobs(server)
     async with aiohttp.ClientSession(server.url) as http:
         for path in ("/v1/chat/completions", "/chat/async", "/chat"):
             async with http.post(path, json=conversation() | change) as response:
                 error = (await response.json())["error"]
                 assert (response.status, error["param"]) == (404 if change == {"model": "no-such"} else 400, param)
                 assert error["code"] or param in {"echo", "provider"}
-        async with http.get("/jobs") as response:
-            assert (await response.json())["data"] == []
+    assert await _jobs(server) == jobs
 
 
 @pytest.mark.parametrize(
@@ -305,8 +322,9 @@ async def test_bad_limits_are_named(server: Server, limit: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/nope", "/", "/v1", "/chat/", "/chat/unknown", "/stream/unknown", "/v1/models/unknown", "/chat/a%00b", "/chat/%ff",
-     "/v1/chat/completions/unknown", "/v1/chat/completions/unknown?stream=true", "/stream/%7B%7D", "/stream/a:b"],
+    ["/nope", "/", "/v1", "/chat/", "/chat/unknown", "/stream/unknown", "/v1/models/unknown", "/chat/a%00b",
+     "/chat/%ff", "/v1/chat/completions/unknown", "/v1/chat/completions/unknown?stream=true", "/stream/%7B%7D",
+     "/stream/a:b"],
 )  # fmt: skip
 async def test_what_is_not_there_is_404(server: Server, path: str) -> None:
     """Unknown routes, jobs, sessions and models give 404 with a message."""
@@ -323,7 +341,6 @@ async def test_what_is_not_there_is_404(server: Server, path: str) -> None:
         ("HEAD /stream/x", "GET"),
         ("HEAD /v1/chat/completions/x", "GET"),
         ("PATCH /chat/x", "DELETE,GET,HEAD"),
-        ("BREW /chat", "POST"),
     ],
 )
 async def test_other_methods_are_405_with_allow(server: Server, line: str, allow: str) -> None:

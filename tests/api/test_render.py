@@ -25,6 +25,7 @@ from llmstream.types import (
 )
 
 HEAD = '"id":"chatcmpl-j1","object":"chat.completion.chunk","created":1700000000,"model":"m"'
+HERE = EventId(1, 7)
 USAGE = Usage(prompt_tokens=3, completion_tokens=2)
 BROKEN = Failure(message="The engine crashed.", type="upstream_error", code="engine_crashed", status=502)
 
@@ -34,7 +35,7 @@ def job(**body: Any) -> Job:
     return Job(id="j1", request=request, pool="m", created_at=1700000000.9)
 
 
-def render(wire: Format, data: Payload, event_id: EventId = EventId(1, 7)) -> str:
+def render(wire: Format, data: Payload, event_id: EventId = HERE) -> str:
     return wire.render(Event(event_id, data)).decode()
 
 

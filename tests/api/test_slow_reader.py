@@ -86,7 +86,7 @@ async def _read_on(connection: socket.socket) -> list[Frame]:
 
 
 async def test_stalled_readers_cost_bounded_memory(process: Process) -> None:
-    """Readers that stop reading a long answer cost less than one copy of it together, and then get all of it exactly."""
+    """Readers that stop reading a long answer together cost less than one copy of it, and then get all of it."""
     async with aiohttp.ClientSession(process.url) as http:
         with ExitStack() as stack:
             answer = await submit(http, echo={"tokens": LENGTH})
