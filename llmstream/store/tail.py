@@ -8,11 +8,9 @@ import logging
 import time
 from typing import Any
 
-from redis import exceptions
-
 from llmstream.errors import StoreError
 from llmstream.store.channel import Channel
-from llmstream.store.connection import Connect, Connection
+from llmstream.store.connection import LOST, Arg, Connect, Connection, Refusal
 from llmstream.store.entry import decode_entry
 from llmstream.store.keys import Keys
 from llmstream.store.pipeline import Pipeline
@@ -101,19 +99,18 @@ class Tail:
             try:
                 async with asyncio.timeout(ANSWER_S):
                     await connection.connect()
-                    await connection.send_command("CLIENT", "ID")
-                    self._client_id = await connection.read_response()
+                    self._client_id = await connection.ask("CLIENT", "ID")
                 while True:
                     await self._step(connection)
                     delay = 0.05
             except Exception as error:
-                if not isinstance(error, exceptions.RedisError | OSError | TimeoutError):
+                if not isinstance(error, (*LOST, Refusal)):
                     logger.exception("the tail of foreign logs failed and begins again")
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 1.0)
             finally:
                 self._client_id = None
-                await connection.disconnect(nowait=True)
+                await connection.close()
 
     async def _step(self, connection: Connection) -> None:
         self._changed.clear()
@@ -125,12 +122,11 @@ class Tail:
                 async with asyncio.timeout(BLOCK_MS / 1000):
                     await self._changed.wait()
             return
-        command: list[Any] = ["XREAD", "COUNT", 200, "BLOCK", BLOCK_MS, "STREAMS"]
+        command: list[Arg] = ["XREAD", "COUNT", 200, "BLOCK", BLOCK_MS, "STREAMS"]
         command += [self._keys.log(job_id) for job_id in wanted]
         command += [str(position) for position in wanted.values()]
         async with asyncio.timeout(BLOCK_MS / 1000 + ANSWER_S):
-            await connection.send_command(*command, check_health=False)
-            reply = await connection.read_response(disable_decoding=True)
+            reply = await connection.ask(*command)
         names = {self._keys.log(job_id).encode(): job_id for job_id in wanted}
         for key, entries in reply or ():
             self._deliver(names[key], wanted[names[key]], entries)
