@@ -13,7 +13,6 @@ from llmstream.config import ModelSettings, ServerSettings, Settings, StoreSetti
 from llmstream.server import Server
 from llmstream.store.store import Store, open_store
 
-
 # A shared machine stalls now and then; what an example may cost is the test timeout's business.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")

@@ -1,0 +1,41 @@
+"""Names of keys: what changes together lives together."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from redis.crc import key_slot
+
+from llmstream.store import keys as module
+from llmstream.store.keys import QUEUE_PARTS, Keys
+
+KEYS = Keys("llmstream")
+names = st.text(min_size=1, max_size=40)
+
+
+@given(job_id=st.from_regex(r"[0-9a-hjkmnp-tv-z]{26}", fullmatch=True))
+def test_a_job_lives_in_one_slot(job_id: str) -> None:
+    """Record and log of a job share a hash slot, so one script can change both on a cluster."""
+    assert key_slot(KEYS.job(job_id).encode()) == key_slot(KEYS.log(job_id).encode())
+
+
+@given(pool=names)
+def test_a_queue_lives_in_one_slot(pool: str) -> None:
+    """All keys of a pool share a hash slot, whatever the pool is called."""
+    assert len({key_slot(key.encode()) for key in KEYS.queue(pool)}) == 1
+
+
+@given(one=names, other=names)
+def test_names_do_not_collide(one: str, other: str) -> None:
+    """Different pools and sessions never share a key."""
+    if one != other:
+        assert not set(KEYS.queue(one)) & set(KEYS.queue(other))
+        assert KEYS.session(one) != KEYS.session(other)
+
+
+@pytest.mark.parametrize("part", QUEUE_PARTS)
+def test_every_part_is_explained(part: str) -> None:
+    """The module's docstring names every key of a queue."""
+    assert module.__doc__ is not None
+    assert f"{{q:POOL}}:{part} " in module.__doc__
