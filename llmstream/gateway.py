@@ -135,10 +135,10 @@ class Gateway:
         return session_id
 
     async def recent(self, limit: int = 50) -> list[JobState]:
-        """The latest jobs of all pools this replica knows, newest first."""
+        """The latest jobs of all pools of all replicas, newest first."""
         found: list[str] = []
-        for pool in self._scheduler.pools.values():
-            found += await pool.lanes.recent(limit)
+        for pool in await self._store.pools():
+            found += await self._lanes(pool).recent(limit)
         states = await self._store.jobs.find_all(found)
         return sorted(states, key=lambda state: state.job.created_at, reverse=True)[:limit]
 
@@ -151,8 +151,8 @@ class Gateway:
         return self._router.providers
 
     async def stats(self) -> dict[str, Census]:
-        """Counts by pool."""
-        return {name: await pool.lanes.census() for name, pool in self._scheduler.pools.items()}
+        """Counts by pool, whichever replica serves it."""
+        return {pool: await self._lanes(pool).census() for pool in sorted(await self._store.pools())}
 
     async def health(self) -> dict[str, Any]:
         """Everything behind this replica, with the time each look took; never raises."""

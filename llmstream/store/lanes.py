@@ -198,6 +198,16 @@ return {fmt(now), taken, overdue, cancelled}
 """,
 )
 
+_SEEN = Script(
+    "seen",
+    """
+-- KEYS pools; ARGV pool, now_ms, ttl_ms
+redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[2] - ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+""",
+)
+
 _LEAVE = Script(
     "leave",
     _PRELUDE
@@ -309,6 +319,7 @@ class Lanes:
         self.pool = pool
         self._pipeline = pipeline
         self._keys = keys.queue(pool)
+        self._pools = keys.pools
         self._wake = keys.wake
         self._ageing_ms = int(ageing_s * 1000)
         self._max_waiting = max_waiting
@@ -357,6 +368,7 @@ class Lanes:
         now, taken, overdue, cancelled = await self._pipeline.run(
             _HEARTBEAT, self._keys, replica, slots, int(lease_s * 1000), self._ttl_ms, cancelled_since_ms
         )
+        await self._pipeline.run(_SEEN, [self._pools], self.pool, int(now), self._ttl_ms)
         return Pulse(int(now), taken, [raw.decode() for raw in overdue], [raw.decode() for raw in cancelled])
 
     async def leave(self, replica: str) -> None:

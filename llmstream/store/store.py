@@ -57,6 +57,11 @@ class Store:
             retention_s=self._settings.retention_s,
         )
 
+    async def pools(self) -> list[str]:
+        """Names of all pools that some replica has served within the retention time."""
+        names = await self.writes.call("ZRANGE", self.keys.pools, 0, -1)
+        return [name.decode() for name in names]
+
     async def open(self) -> None:
         for part in (self.writes, self.reads, self.tail, self.signals):
             await part.open()
