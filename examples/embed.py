@@ -1,7 +1,7 @@
 """Runs llmstream inside your own program and asks it with the official OpenAI client.
 
-    pip install 'llmstream[local]'
-    python examples/embed.py
+pip install 'llmstream[local]'
+python examples/embed.py
 """
 
 from __future__ import annotations

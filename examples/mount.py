@@ -1,7 +1,7 @@
 """Mounts llmstream under /llm of an aiohttp application that has routes of its own.
 
-    python examples/mount.py
-    curl http://127.0.0.1:8080/llm/v1/models
+python examples/mount.py
+curl http://127.0.0.1:8080/llm/v1/models
 """
 
 from __future__ import annotations
