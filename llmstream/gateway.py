@@ -31,6 +31,7 @@ from llmstream.types import (
     JobState,
     ModelInfo,
     Principal,
+    Restart,
     new_id,
 )
 
@@ -106,6 +107,16 @@ class Gateway:
                 for event in entry.events:
                     transcript.add(event)
         return transcript
+
+    async def last_restart(self, job_id: str) -> EventId | None:
+        """Where the answer last started over; None when it never did."""
+        found: EventId | None = None
+        position = BEGINNING
+        while entries := await self._store.log.read(job_id, position):
+            position = entries[-1].last
+            for entry in entries:
+                found = next((event.id for event in entry.events if isinstance(event.data, Restart)), found)
+        return found
 
     async def exhausted(self, job_id: str, after: EventId) -> bool:
         """True when the job is over and its log holds nothing behind ``after``."""

@@ -15,7 +15,7 @@ from llmstream.errors import BadRequest, ModelNotFound, NotFound, error_body
 from llmstream.gateway import Gateway
 from llmstream.store.follower import Follower
 from llmstream.transcript import Transcript
-from llmstream.types import Job, ModelInfo
+from llmstream.types import BEGINNING, EventId, Job, ModelInfo
 
 COMPLETION = "chat-completion"
 
@@ -54,7 +54,10 @@ async def get_chat_completion(request: web.Request) -> web.StreamResponse:
         after = position(request)
         if state.done and await gateway.exhausted(job_id, after):
             return web.Response(status=204, headers=headers)
-        wire = ChatFormat(state.job, include_usage=_flag(request, "include_usage"))
+        restart = await gateway.last_restart(job_id) if state.attempt > 1 and after == BEGINNING else None
+        if restart is not None:
+            after = EventId(restart.attempt, restart.seq - 1)
+        wire = ChatFormat(state.job, include_usage=_flag(request, "include_usage"), begins_at=restart)
         return await serve(request, gateway.follow(job_id, after), wire, headers=headers)
     with gateway.follow(job_id) as follower:
         return await _whole(state.job, follower, headers)

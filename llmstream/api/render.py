@@ -10,7 +10,7 @@ import msgspec
 from llmstream.errors import error_body
 from llmstream.store.entry import Entry
 from llmstream.transcript import Transcript
-from llmstream.types import Delta, Event, Failure, Finished, Job, JobState, Payload, Restart, Started, Usage
+from llmstream.types import Delta, Event, EventId, Failure, Finished, Job, JobState, Payload, Restart, Started, Usage
 
 _json: Callable[[Any], bytes] = msgspec.json.Encoder().encode
 
@@ -94,11 +94,16 @@ def _frame(event: Event, body: dict[str, Any]) -> bytes:
 
 
 class ChatFormat:
-    """OpenAI ``chat.completion.chunk`` events, each with its ``id:``; ends with ``[DONE]``."""
+    """OpenAI ``chat.completion.chunk`` events, each with its ``id:``; ends with ``[DONE]``.
 
-    def __init__(self, job: Job, *, include_usage: bool = False) -> None:
-        self.key = ("chat", include_usage)
+    A restart voids what a reader has seen, which these events cannot say: it is an error to all but readers that begin
+    there (``begins_at``).
+    """
+
+    def __init__(self, job: Job, *, include_usage: bool = False, begins_at: EventId | None = None) -> None:
+        self.key = ("chat", include_usage, begins_at)
         self._include_usage = include_usage
+        self._begins_at = begins_at
         self._job = job
         head = {
             "id": completion_id(job),
@@ -115,7 +120,7 @@ class ChatFormat:
         if isinstance(data, Started):
             return self._roles(event) if event.id.attempt == 1 else b""
         if isinstance(data, Restart):
-            return self._error(event, RESTARTED)
+            return self._roles(event) if event.id == self._begins_at else self._error(event, RESTARTED)
         return self._finished(event, data)
 
     def broken(self, failure: Failure) -> bytes:

@@ -217,6 +217,22 @@ async def test_an_answer_that_starts_over_says_so(server: Server, http: aiohttp.
     assert [choice["message"]["content"] for choice in choices] == [tokens(3)] * 2
 
 
+async def test_who_comes_after_the_restart_reads_one_answer(server: Server, http: aiohttp.ClientSession) -> None:
+    """A plain OpenAI stream that showed void text ends in an error; read anew it is the valid answer alone."""
+    job = await submit(http, n=2, echo={"tokens": 3, "fault": "crash", "at": 2, "attempts": 1})
+    await read_all(http, job["stream_url"])
+    url = f"/v1/chat/completions/{job['task_id']}?stream=true"
+    _, anew = await read_all(http, url)
+    assert anew[-1].data == "[DONE]"
+    text = {0: "", 1: ""}
+    for frame in anew[:-1]:
+        for choice in frame.json["choices"]:
+            text[choice["index"]] += choice["delta"].get("content", "")
+    assert text == {0: tokens(3), 1: tokens(3)}
+    async with http.get(url, headers={"Last-Event-ID": "1-2"}) as response:
+        assert '"code":"restarted"' in await response.text()
+
+
 async def test_jobs_lists_the_latest_first(server: Server, http: aiohttp.ClientSession) -> None:
     """GET /jobs gives the latest jobs, newest first, as many as asked for."""
     ids = [(await submit(http, priority=priority))["task_id"] for priority in (10, 0, -10)]
