@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from llmstream.config import StoreSettings
 from llmstream.server import Server
 from llmstream.store.embedded import EmbeddedStore
 from llmstream.store.store import open_store
-from llmstream.types import EventId, Restart
+from llmstream.types import Event, EventId, Restart
 from tests.api.reading import conversation, finished, log_of, read_all, read_some, submit, tokens
 from tests.conftest import echo_settings
 from tests.sse import Frame, Parser
@@ -84,8 +85,8 @@ async def _read_with_cuts(http: aiohttp.ClientSession, url: str, cuts: list[Cut]
     return frames
 
 
-def _expected(wire: Format, log: list[tuple[EventId, object]]) -> list[Frame]:
-    raw = b"".join(wire.render(event) for event in log)  # type: ignore[arg-type]
+def _expected(wire: Format, log: Sequence[Event]) -> list[Frame]:
+    raw = b"".join(wire.render(event) for event in log)
     return [frame for frame in Parser().feed(raw) if frame.id is not None]
 
 
