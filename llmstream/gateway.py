@@ -158,6 +158,11 @@ class Gateway:
         return self._router.models
 
     @property
+    def pools(self) -> list[str]:
+        """Names of the pools this replica claims from."""
+        return list(self._scheduler.pools)
+
+    @property
     def providers(self) -> Sequence[Provider]:
         return self._router.providers
 
