@@ -45,7 +45,7 @@ async def test_all_workers_serve_under_one_address(tmp_path: Path) -> None:
 
 
 async def test_a_killed_worker_interrupts_no_stream(
-    tmp_path: Path, record_property: Callable[[str, object], None]
+    tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     """Answers that a killed worker was generating go on within a second, exact, for whoever reads them from another
     worker; the dead one is replaced."""
@@ -76,7 +76,7 @@ async def test_a_killed_worker_interrupts_no_stream(
                 log = await stored(store, reader.job_id)
                 assert_exact(log, 120)
                 assert attempts_in(log) == (2 if reader.job_id in hit else 1)
-            record_property("takeover_s", max(gaps))
+            record_testsuite_property("takeover_s", max(gaps))
             assert max(gaps) <= TAKEOVER_S
             await wait_until(lambda: replaced(service, {victim}), timeout=30)
             async with service.connection((set(await service.replicas()) - {survivor}).pop()) as fresh:
@@ -162,7 +162,7 @@ async def test_a_worker_that_cannot_start_ends_the_command(tmp_path: Path) -> No
 
 
 async def test_a_thousand_jobs_are_shared_and_each_is_run_once(
-    tmp_path: Path, record_property: Callable[[str, object], None]
+    tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     """Of 1,000 jobs that waited for three workers each runs once, none long before a more urgent one, and every
     worker gets its share."""
@@ -182,7 +182,7 @@ async def test_a_thousand_jobs_are_shared_and_each_is_run_once(
             assert attempts_in(log) == 1
         starts = {job: started(log) for job, log in logs.items()}
         shares = Counter(start.replica for start in starts.values())
-        record_property("shares", sorted(shares.values()))
+        record_testsuite_property("shares", sorted(shares.values()))
         assert len(shares) == 3
         assert all(abs(share - 1000 / 3) <= SHARE * 1000 / 3 for share in shares.values()), shares
         for urgent, other in itertools.pairwise((10, 0, -10)):
@@ -192,7 +192,7 @@ async def test_a_thousand_jobs_are_shared_and_each_is_run_once(
 
 
 async def test_a_burst_through_one_worker_is_spread(
-    tmp_path: Path, record_property: Callable[[str, object], None]
+    tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     """Jobs that one worker accepts while all have room are shared by all of them."""
     async with workers(tmp_path, 3, models__echo__slots=200) as service, service.store() as store:
@@ -200,7 +200,7 @@ async def test_a_burst_through_one_worker_is_spread(
             jobs = [await client.submit(tokens=2, delay_ms=2000) for _ in range(300)]
         await wait_until(lambda: all_done(store, jobs), timeout=30)
         shares = Counter(state.replica for state in await store.jobs.find_all(jobs))
-        record_property("shares", sorted(shares.values()))
+        record_testsuite_property("shares", sorted(shares.values()))
         assert len(shares) == 3
         assert all(abs(share - 100) <= SHARE * 100 for share in shares.values()), shares
 
