@@ -197,7 +197,7 @@ async def test_a_burst_through_one_worker_is_spread(
     """Jobs that one worker accepts while all have room are shared by all of them."""
     async with workers(tmp_path, 3, models__echo__slots=200) as service, service.store() as store:
         async with service.connection() as client:
-            jobs = [await client.submit(tokens=2, delay_ms=2000) for _ in range(300)]
+            jobs = [await client.submit(tokens=1, delay_ms=3000) for _ in range(300)]
         await wait_until(lambda: all_done(store, jobs), timeout=30)
         shares = Counter(state.replica for state in await store.jobs.find_all(jobs))
         record_testsuite_property("shares", sorted(shares.values()))
