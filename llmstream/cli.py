@@ -80,6 +80,7 @@ def _add_serve(commands: Commands, settings: argparse.ArgumentParser) -> None:
     serve = commands.add_parser("serve", parents=[settings], help="run the server")
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", help="port to listen on; 0 picks a free one")
+    serve.add_argument("--workers", help="replica processes that share the port; SIGHUP restarts them one by one")
     serve.add_argument("--print-config", action="store_true", help="print the settings, secrets masked, and exit")
     serve.set_defaults(command="serve:run")
 

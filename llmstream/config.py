@@ -43,6 +43,8 @@ class ServerSettings(Section):
     """Address to listen on. Without API keys only loopback addresses are allowed."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 picks a free one."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Replica processes that ``serve`` runs on the one port; each loads its own copy of every local model."""
     shutdown_grace_s: Annotated[float, Field(ge=0)] = 20.0
     """On SIGTERM, seconds that open streams and running jobs get before they are cut and left to be taken over."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 20 * 1024 * 1024

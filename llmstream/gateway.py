@@ -158,6 +158,11 @@ class Gateway:
         return self._router.models
 
     @property
+    def pools(self) -> list[str]:
+        """Names of the pools this replica claims from."""
+        return list(self._scheduler.pools)
+
+    @property
     def providers(self) -> Sequence[Provider]:
         return self._router.providers
 
@@ -208,7 +213,7 @@ class Gateway:
         lanes = self._lanes(job.pool)
         if not await self._store.jobs.create(job):
             raise Conflict(f"The job id {job.id!r} is taken by a different request.", param="job_id")
-        if not await lanes.push(job):
+        if not await lanes.push(job, wake=not self._scheduler.takes(job.pool)):
             await self._store.jobs.discard(job.id)
             raise await self._overloaded(lanes)
         if job.session_id is not None:

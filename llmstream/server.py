@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
@@ -23,11 +25,19 @@ class Server:
     """One replica, listening while the context is open.
 
     Raises ConfigError on entering when something it needs is missing, saying what to do. ``progress`` hears how far
-    the download of missing weights is.
+    the download of missing weights is. ``sockets`` are bound already and listened on instead of the address in the
+    settings; the server closes them.
     """
 
-    def __init__(self, settings: Settings | None = None, *, progress: PullProgress | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        sockets: Sequence[socket.socket] = (),
+        progress: PullProgress | None = None,
+    ) -> None:
         self.settings = settings or Settings()
+        self._sockets = sockets
         self._progress = progress
         self._stack = AsyncExitStack()
         self._port: int | None = None
@@ -38,8 +48,7 @@ class Server:
         """``http://host:port`` of the open server."""
         if self._port is None:
             raise RuntimeError("The server is not open; use 'async with Server(settings) as server'.")
-        host = self.settings.server.host
-        return f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
+        return url_of(self.settings.server.host, self._port)
 
     @property
     def gateway(self) -> Gateway:
@@ -56,15 +65,7 @@ class Server:
             )
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
-            site = web.TCPSite(runner, self.settings.server.host, self.settings.server.port)
-            try:
-                await site.start()
-            except OSError as error:
-                wanted = f"{self.settings.server.host}:{self.settings.server.port}"
-                raise ConfigError(
-                    f"Cannot listen on {wanted} ({error.strerror or error}). "
-                    "Choose another port with --port (server.port); 0 picks a free one."
-                ) from error
+            await self._listen(runner)
             self._port = runner.addresses[0][1]
             self._stack = stack.pop_all()
         return self
@@ -74,3 +75,25 @@ class Server:
     ) -> None:
         self._port = None
         await self._stack.aclose()
+
+    async def _listen(self, runner: Runner) -> None:
+        server = self.settings.server
+        sites: list[web.BaseSite] = [web.SockSite(runner, own) for own in self._sockets]
+        for site in sites or [web.TCPSite(runner, server.host, server.port)]:
+            try:
+                await site.start()
+            except OSError as error:
+                raise cannot_listen(server.host, server.port, error) from error
+
+
+def url_of(host: str, port: int) -> str:
+    """Where a client finds what listens there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    """Says what to do about a taken or forbidden address."""
+    return ConfigError(
+        f"Cannot listen on {host}:{port} ({error.strerror or error}). "
+        "Choose another port with --port (server.port); 0 picks a free one."
+    )

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -58,12 +58,17 @@ class ConsoleFormatter(logging.Formatter):
         return f"{head}\n{trace}" if trace else head
 
 
-def setup_logging(settings: LoggingSettings) -> None:
-    """Sends the log to stderr in the chosen form. Calling it again replaces what the earlier call set up."""
+def setup_logging(settings: LoggingSettings, **context: str | int) -> None:
+    """Sends the log to stderr in the chosen form, ``context`` on every line.
+
+    Calling it again replaces what the earlier call set up.
+    """
     logger = logging.getLogger(ROOT)
     for handler in [handler for handler in logger.handlers if isinstance(handler, _Handler)]:
         logger.removeHandler(handler)
     handler = _Handler(sys.stderr)
+    if context:
+        handler.addFilter(_Context(context))
     handler.setFormatter(JsonFormatter() if settings.format == "json" else ConsoleFormatter())
     logger.addHandler(handler)
     logger.setLevel(settings.level)
@@ -90,6 +95,18 @@ def redact(text: str) -> str:
 
 class _Handler(logging.StreamHandler[Any]):
     """Marks the handler as ours among those an application may have added."""
+
+
+class _Context(logging.Filter):
+    """Gives every record the same further fields."""
+
+    def __init__(self, context: Mapping[str, str | int]) -> None:
+        super().__init__()
+        self._context = context
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        vars(record).update(self._context)
+        return True
 
 
 def _timestamp(record: logging.LogRecord) -> str:

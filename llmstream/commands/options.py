@@ -40,6 +40,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         "data_dir": args.data_dir,
         "server.host": getattr(args, "host", None),
         "server.port": getattr(args, "port", None),
+        "server.workers": getattr(args, "workers", None),
     }
     return load(Path(args.config) if args.config else None, flags={**flags, **dict(args.assignments)})
 

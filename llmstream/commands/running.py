@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Callable, Coroutine
 from typing import Any
+
+from llmstream.processes import loop_factory
 
 DOUBLED_S = 0.3
 """A terminal's Ctrl-C may come twice: from the terminal and from a program between it and us."""
@@ -20,7 +21,7 @@ def run(main: Main, *, on_stop: Callable[[], None] = lambda: None) -> int:
     The first SIGINT or SIGTERM calls ``on_stop`` and cancels ``main``, which ends in order; when it passes the
     cancellation on, the status is 130 or 143. From then on a SIGINT ends the process at once.
     """
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         stop = _Stop(on_stop)
         try:
             return runner.run(stop.guard(main))
@@ -56,13 +57,3 @@ def _end_at_once_on_sigint(loop: asyncio.AbstractEventLoop) -> None:
     # The system's own reaction works even when this program is stuck.
     loop.remove_signal_handler(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    if os.name == "nt":
-        return None
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop

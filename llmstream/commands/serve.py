@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 from llmstream import __version__
 from llmstream.commands.options import program, read_settings
@@ -18,9 +19,6 @@ from llmstream.commands.terminal import say
 from llmstream.config import Settings, print_config
 from llmstream.config_schema import mask_url
 from llmstream.telemetry import setup_logging
-
-if TYPE_CHECKING:
-    from llmstream.server import Server
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     def on_stop() -> None:
         say(f"Stopping; what runs gets up to {grace_s:g} s, the rest is kept. Ctrl-C again stops at once.")
 
-    return run_to_end(lambda: _serve(settings), on_stop=on_stop)
+    serve = _serve if settings.server.workers == 1 else _serve_replicas
+    return run_to_end(lambda: serve(settings), on_stop=on_stop)
 
 
 async def _serve(settings: Settings) -> int:
@@ -45,44 +44,67 @@ async def _serve(settings: Settings) -> int:
         with Bars() as bars:
             async with Server(settings, progress=bars) as server:
                 serving = True
-                with _announced(settings, server):
-                    for fact in await facts(settings, server):
-                        sys.stdout.write(f"{fact}\n")
-                    sys.stdout.flush()
-                    await asyncio.Event().wait()
+                models = [model.name for model in server.gateway.models]
+                store = (await server.gateway.health())["store"]
+                await _until_stopped(settings, server.url, facts(settings, server.url, models, store))
     except asyncio.CancelledError:
         if not serving:
             raise
     return 0
 
 
-async def facts(settings: Settings, server: Server) -> list[str]:
+async def _serve_replicas(settings: Settings) -> int:
+    from llmstream.replicas.supervisor import Replicas
+
+    serving = False
+    try:
+        with Bars() as bars:
+            async with Replicas(settings, progress=bars) as replicas:
+                serving = True
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, replicas.restart)
+                store = await replicas.store.health()
+                await _until_stopped(settings, replicas.url, facts(settings, replicas.url, replicas.models, store))
+    except asyncio.CancelledError:
+        if not serving:
+            raise
+    return 0
+
+
+async def _until_stopped(settings: Settings, url: str, lines: Sequence[str]) -> None:
+    with _announced(settings, url):
+        for line in lines:
+            sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+        await asyncio.Event().wait()
+
+
+def facts(settings: Settings, url: str, models: Sequence[str], store: Mapping[str, Any]) -> list[str]:
     """What one wants to know about a server that just began to listen, a line for each."""
-    models = ", ".join(model.name for model in server.gateway.models)
+    workers = settings.server.workers
     return [
-        f"llmstream {__version__} listens on {server.url}",
-        f"models  {models or 'whatever the providers serve'}",
-        f"store   {await _store(settings, server)}",
+        f"llmstream {__version__} listens on {url}" + (f" with {workers} workers" if workers > 1 else ""),
+        f"models  {', '.join(models) or 'whatever the providers serve'}",
+        f"store   {_store(settings, store)}",
         f'try     {program()} chat "Why is the sky blue?"',
-        f"        curl -N {server.url}/chat -H 'Content-Type: application/json' -d '{{\"message\": \"Hello!\"}}'",
+        f"        curl -N {url}/chat -H 'Content-Type: application/json' -d '{{\"message\": \"Hello!\"}}'",
     ]
 
 
-async def _store(settings: Settings, server: Server) -> str:
-    kind = (await server.gateway.health())["store"].get("server", "of unknown kind")
+def _store(settings: Settings, health: Mapping[str, Any]) -> str:
+    kind = health.get("server", "of unknown kind")
     if settings.store.url is None:
         return f"embedded {kind} in {settings.data_dir.absolute() / 'store'}"
     return f"{kind} at {mask_url(settings.store.url.get_secret_value())}"
 
 
 @contextmanager
-def _announced(settings: Settings, server: Server) -> Iterator[None]:
+def _announced(settings: Settings, url: str) -> Iterator[None]:
     """Lets other commands find this server."""
     file = ServerFile(settings.data_dir)
     try:
-        file.write(server.url)
+        file.write(url)
     except OSError as error:
-        say(f"{file.path} cannot be written ({error.strerror}); other commands need --url {server.url}.")
+        say(f"{file.path} cannot be written ({error.strerror}); other commands need --url {url}.")
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from llmstream.config import ModelSettings, Settings
 from llmstream.providers.base import Provider
@@ -22,6 +23,13 @@ def local_models(settings: Settings) -> Mapping[str, ModelSettings]:
     return {DEFAULT_MODEL: ModelSettings()}
 
 
+async def pull_weights(settings: Settings, progress: PullProgress | None = None) -> None:
+    """Gets the weights that are missing for the models that run here. Raises ConfigError when they cannot be had."""
+    for model in local_models(settings).values():
+        if model.engine != "echo":
+            await _weights(model, settings, progress)
+
+
 async def build_providers(settings: Settings, progress: PullProgress | None = None) -> list[Provider]:
     """Makes every configured provider, not yet open; weights that are missing are pulled first.
 
@@ -39,7 +47,11 @@ async def _local(name: str, model: ModelSettings, settings: Settings, progress: 
     if model.engine == "echo":
         return EchoProvider(name, model)
     from llmstream.providers.local import LocalProvider
+
+    return LocalProvider(name, model, await _weights(model, settings, progress))
+
+
+async def _weights(model: ModelSettings, settings: Settings, progress: PullProgress | None) -> Path:
     from llmstream.providers.weights import pull
 
-    report = progress(model.source) if progress else None
-    return LocalProvider(name, model, await pull(model.source, settings.data_dir, report))
+    return await pull(model.source, settings.data_dir, progress(model.source) if progress else None)

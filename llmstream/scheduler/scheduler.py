@@ -12,7 +12,7 @@ from llmstream.config import DeadlineSettings, SchedulerSettings
 from llmstream.errors import Fenced, NotFound, ShuttingDown, StoreUnavailable
 from llmstream.routing.router import REMOTE, Router
 from llmstream.scheduler.worker import Worker
-from llmstream.store.lanes import Lanes
+from llmstream.store.lanes import Claimed, Lanes
 from llmstream.store.store import Store
 from llmstream.types import Clock, Failure, Finished
 
@@ -20,6 +20,8 @@ CLAIM_BATCH = 64
 MAX_BEAT_S = 0.5
 RECONCILE_BEATS = 20
 """So often the claims are compared without a reason to doubt them: an answer may get lost after it was looked for."""
+PATIENCE_S = 0.01
+"""How long a replica that has its share leaves further jobs to the others, who have been told. They may be gone."""
 HARD_STOP_S = 5.0
 """After the grace time: what a job gets to reach a token boundary and hand over."""
 
@@ -34,6 +36,12 @@ class Pool:
         self.slots = slots
         self.running: dict[str, Worker] = {}
         self.wake = asyncio.Event()
+        self.claiming = 0
+        """Jobs that a claim under way may bring."""
+        self.more = False
+        """Whether jobs may wait that there was no room for."""
+        self.yielding = False
+        """Whether jobs wait that are left to other replicas for a moment."""
         self.cancelled_since_ms = 0
         self.unsure = False
         """True after a lost answer: the store may count jobs as ours that do not run here, or the other way round."""
@@ -117,6 +125,11 @@ class Scheduler:
             if worker is not None:
                 worker.interrupt(Fenced(f"Job {job_id} was ended from outside."))
 
+    def takes(self, pool: str) -> bool:
+        """Whether this replica is about to look after a new job of a pool itself; else all have to be told of it."""
+        own = self.pools.get(pool)
+        return own is not None and own.free > own.claiming and not own.yielding and not self._closing
+
     @property
     def running(self) -> int:
         return sum(len(pool.running) for pool in self.pools.values())
@@ -126,12 +139,7 @@ class Scheduler:
             await pool.wake.wait()
             pool.wake.clear()
             try:
-                while pool.free > 0 and not self._closing:
-                    claimed = await pool.lanes.claim(self.replica, min(pool.free, CLAIM_BATCH))
-                    if self._closing or not claimed:  # what came too late goes back when we leave
-                        break
-                    for job_id in claimed:
-                        self._start(name, pool, job_id)
+                await self._fill(name, pool)
             except StoreUnavailable as error:
                 pool.unsure = True
                 logger.warning("cannot claim jobs: %s", error.message)
@@ -139,7 +147,35 @@ class Scheduler:
                 pool.unsure = True
                 logger.exception("claiming jobs failed")
 
+    async def _fill(self, name: str, pool: Pool) -> None:
+        """Claims this replica's share at once, and a moment later what nobody else took."""
+        pool.more, patient = True, True
+        while pool.free > 0 and not self._closing:
+            count = min(pool.free, CLAIM_BATCH)
+            claimed = await self._take(pool, count, patient)
+            for job_id in claimed.ids:
+                self._start(name, pool, job_id)
+            if len(claimed.ids) == count:
+                continue
+            if not claimed.left:
+                pool.more = False
+                return
+            patient, pool.yielding = False, True
+            await asyncio.sleep(PATIENCE_S)
+            pool.yielding = False
+
+    async def _take(self, pool: Pool, count: int, patient: bool) -> Claimed:
+        pool.claiming = count
+        try:
+            if patient:
+                return await pool.lanes.claim_share(self.replica, count, len(pool.running))
+            return Claimed(await pool.lanes.claim(self.replica, count), 0)
+        finally:
+            pool.claiming = 0
+
     def _start(self, name: str, pool: Pool, job_id: str) -> None:
+        if self._closing:  # it came too late and goes back when we leave
+            return
         if job_id in pool.running:
             # Taken back and claimed again while it still runs here: it goes on, and its claim is looked after.
             pool.unsure = True
@@ -170,7 +206,8 @@ class Scheduler:
             pool.unsure = True
         finally:
             del pool.running[worker.job_id]
-            pool.wake.set()
+            if pool.more:
+                pool.wake.set()
 
     async def _run(self, pool: Pool, worker: Worker) -> None:
         try:

@@ -57,7 +57,7 @@ _PUSH = Script(
     "push",
     _PRELUDE
     + """
--- ARGV id, level, principal, max waiting, ttl_ms, deadline_ms or '', retention_ms, wake channel, pool
+-- ARGV id, level, principal, max waiting, ttl_ms, deadline_ms or '', retention_ms, wake channel or '', pool
 local id, level, who = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 if redis.call('HEXISTS', meta, id) == 1 then return {1} end
 local waiting = redis.call('ZCARD', order)
@@ -74,7 +74,7 @@ if ARGV[6] ~= '' then redis.call('ZADD', deadlines, ARGV[6], id) end
 redis.call('ZADD', index, fmt(now), id)
 redis.call('ZREMRANGEBYSCORE', index, '-inf', fmt(now - ARGV[7]))
 keep(ARGV[5])
-redis.call('PUBLISH', ARGV[8], ARGV[9])
+if ARGV[8] ~= '' then redis.call('PUBLISH', ARGV[8], ARGV[9]) end
 return {1}
 """,
 )
@@ -83,9 +83,20 @@ _CLAIM = Script(
     "claim",
     _PRELUDE
     + """
--- ARGV replica, count, ageing_ms, ttl_ms, lease_ms -> ids
+-- ARGV replica, count, ageing_ms, ttl_ms, lease_ms, jobs it has or '', wake channel, pool -> ids, jobs left
 local claimed, now = {}, fmt(now_ms())
-for _ = 1, tonumber(ARGV[2]) do
+local count, held, others = tonumber(ARGV[2]), tonumber(ARGV[6]), 0
+if held then
+  -- Its part of all the work there is, by slots. A tenth more is still even and spares jobs the way to another replica.
+  local own = tonumber(redis.call('HGET', slots, ARGV[1]) or 0)
+  for _, n in ipairs(redis.call('HVALS', slots)) do others = others + n end
+  others = others - own
+  if others > 0 then
+    local share = math.ceil((redis.call('HLEN', claims) + redis.call('ZCARD', order)) * own / (own + others))
+    count = math.min(count, share + math.floor(share / 10) - held)
+  end
+end
+for _ = 1, count do
   local best, best_level, cursor = nil, nil, 0
   while true do
     local oldest = redis.call('ZRANGEBYSCORE', ages, fmt(cursor), '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
@@ -114,7 +125,11 @@ if #claimed > 0 then
   if redis.call('ZCARD', order) == 0 then redis.call('DEL', turns) end
   keep(ARGV[4])
 end
-return claimed
+local left = redis.call('ZCARD', order)
+if left > 0 and held and others > redis.call('HLEN', claims) - held - #claimed then
+  redis.call('PUBLISH', ARGV[7], ARGV[8])
+end
+return {claimed, left}
 """,
 )
 
@@ -280,6 +295,13 @@ class Standing(NamedTuple):
         return round((self.ahead + 1) * self.service_s / self.slots, 3)
 
 
+class Claimed(NamedTuple):
+    """What a claim got, most urgent first, and how many jobs still wait."""
+
+    ids: list[str]
+    left: int
+
+
 class Pulse(NamedTuple):
     """What a heartbeat brings back."""
 
@@ -327,8 +349,11 @@ class Lanes:
         self._ttl_ms = int(ttl_s * 1000)
         self._retention_ms = int(max(retention_s, ttl_s) * 1000)
 
-    async def push(self, job: Job) -> bool:
-        """Puts an accepted job in line; repeating it changes nothing. False when the queue is full."""
+    async def push(self, job: Job, *, wake: bool = True) -> bool:
+        """Puts an accepted job in line; repeating it changes nothing. False when the queue is full.
+
+        ``wake`` tells all replicas; without it they find the job at their next heartbeat, unless the caller takes it.
+        """
         reply = await self._pipeline.run(
             _PUSH,
             self._keys,
@@ -339,17 +364,26 @@ class Lanes:
             self._ttl_ms,
             "" if job.expires_at is None else int(job.expires_at * 1000),
             self._retention_ms,
-            self._wake,
+            self._wake if wake else "",
             self.pool,
         )
         return bool(reply[0])
 
     async def claim(self, replica: str, count: int) -> list[str]:
         """Takes up to ``count`` jobs, most urgent first."""
-        found = await self._pipeline.run(
-            _CLAIM, self._keys, replica, count, self._ageing_ms, self._ttl_ms, self._lease_ms
-        )
-        return [raw.decode() for raw in found]
+        return (await self._take(replica, count, "")).ids
+
+    async def claim_share(self, replica: str, count: int, held: int) -> Claimed:
+        """Like :meth:`claim`, but no more than keeps a replica that has ``held`` jobs level with the others.
+
+        Wakes the others when it leaves jobs that they have slots for.
+        """
+        return await self._take(replica, count, held)
+
+    async def _take(self, replica: str, count: int, held: int | str) -> Claimed:
+        limits = (self._ageing_ms, self._ttl_ms, self._lease_ms)
+        found, left = await self._pipeline.run(_CLAIM, self._keys, replica, count, *limits, held, self._wake, self.pool)
+        return Claimed([raw.decode() for raw in found], int(left))
 
     async def settle(self, job_id: str, replica: str) -> None:
         """Gives back the claim of a job that needs no more work."""

@@ -27,6 +27,8 @@ class Store:
     """Four connections, however many clients and jobs: writes, reads, the tail of foreign logs, wake-ups."""
 
     def __init__(self, url: str, settings: StoreSettings, *, embedded: EmbeddedStore | None = None) -> None:
+        self.url = url
+        """Where other processes reach the same store; may hold a password."""
         self.embedded = embedded
         self.keys = Keys(settings.prefix)
         self._settings = settings

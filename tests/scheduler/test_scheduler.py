@@ -267,6 +267,20 @@ async def test_a_claim_is_never_without_a_lease(store: Store) -> None:
         assert text_of(await drain(store.log.follow(job.id))) == tokens(5)
 
 
+async def test_what_others_do_not_take_is_taken(store: Store) -> None:
+    """Jobs that an idle replica leaves to a silent one are claimed a moment later, long before its lease lapses."""
+    await lanes_of(store).heartbeat("silent", 8, 60, 0)
+    async with replica(store, echo(slots=8)):
+        jobs = [await submit(store, fault="stall") for _ in range(8)]
+
+        async def all_taken() -> bool:
+            return (await lanes_of(store).census()).running == {"r1": len(jobs)}
+
+        await wait_until(all_taken)
+        for job in jobs:
+            await store.jobs.end(job.id, finished("cancelled"))
+
+
 async def test_leaving_with_everything_keeps_times_to_live(store: Store) -> None:
     """A replica that leaves with the last waiting job in its hands puts it back under keys that expire."""
     lanes = lanes_of(store)

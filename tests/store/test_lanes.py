@@ -188,3 +188,36 @@ async def test_positions_are_the_order_of_service(store: Store, jobs: list[tuple
     positions = [said[job_id] for job_id in await lanes.claim("r", len(ids))]
     assert positions[0] == 0
     assert all(a is not None and b is not None and a <= b for a, b in pairwise(positions))
+
+
+async def test_a_share_keeps_replicas_level(store: Store) -> None:
+    """A replica gets its part of all jobs by slots, running ones included, and all of them when it is alone."""
+    lanes = lanes_of(store)
+    await lanes.heartbeat("small", 4, 60, 0)
+    ids = await push(lanes, *[make_job() for _ in range(17)])
+    alone = await lanes.claim_share("small", 1, 0)
+    assert alone == (ids[:1], 16)
+    await lanes.heartbeat("large", 12, 60, 0)
+    assert await lanes.claim_share("small", 64, 1) == (ids[1:5], 12)
+    assert await lanes.claim_share("small", 64, 5) == ([], 12)
+    assert await lanes.claim_share("large", 64, 0) == (ids[5:], 0)
+
+
+async def test_jobs_left_to_others_wake_them(store: Store) -> None:
+    """Whoever leaves jobs that others have slots for tells them; a quiet push tells nobody."""
+    woken: list[str] = []
+    store.signals.on_work = woken.append
+    lanes, other = lanes_of(store), lanes_of(store)
+    for name in ("a", "b"):
+        await lanes.heartbeat(name, 4, 60, 0)
+
+    async def heard() -> bool:
+        await other.push(make_job())
+        return other.pool in woken
+
+    await wait_until(heard)
+    for job in (make_job(), make_job()):
+        await lanes.push(job, wake=False)
+    assert (await lanes.claim_share("a", 4, 0)).left == 1
+    await wait_until(lambda: lanes.pool in woken)
+    assert woken.count(lanes.pool) == 1

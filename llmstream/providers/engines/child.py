@@ -6,7 +6,6 @@ Started as ``python -m llmstream.providers.engines.child SOCKET_FD PARENT_PID``.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import os
 import signal
@@ -18,6 +17,7 @@ from typing import NoReturn, cast
 
 import msgspec
 
+from llmstream.processes import follow_parent
 from llmstream.providers.engines.base import Engine
 from llmstream.providers.engines.wire import (
     Cancel,
@@ -39,7 +39,6 @@ ENGINES = {
     "llamacpp": "llmstream.providers.engines.llamacpp:LlamaCppEngine",
     "ctransformers": "llmstream.providers.engines.ctransformers:CTransformersEngine",
 }
-_PR_SET_PDEATHSIG = 1
 
 
 def make_engine(name: str) -> Engine:
@@ -119,14 +118,6 @@ def leave(status: int) -> NoReturn:
     """Ends the process at once: there is nothing to save, and native threads may never be ready to stop."""
     sys.stderr.flush()
     os._exit(status)
-
-
-def follow_parent(parent: int) -> None:
-    """Makes this process end with its parent where the system can do that; elsewhere the socket's end does."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            leave(0)
 
 
 def main() -> None:

@@ -10,12 +10,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 
 import msgspec
 
+from llmstream.processes import module_command
 from llmstream.providers.engines.wire import Frames, FromChild, ToChild, frame
 
 TAIL_BYTES = 4096
@@ -33,9 +33,7 @@ class EngineProcess:
         self._folder = tempfile.mkdtemp(prefix="llmstream-")
         for end in (self._link, self._wake, self._waker):
             end.setblocking(False)
-        # Without -P, python -m looks for modules in the working directory first, which may hold anything.
-        safe = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
-        command = [sys.executable, *safe, "-m", "llmstream.providers.engines.child"]
+        command = module_command("llmstream.providers.engines.child")
         try:
             with theirs:
                 self._process = subprocess.Popen(  # noqa: S603 (our own module, no shell)

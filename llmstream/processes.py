@@ -1,0 +1,38 @@
+"""What processes of ours do when they start."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+_PR_SET_PDEATHSIG = 1
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where there is one; None stands for asyncio's own choice."""
+    if os.name == "nt":
+        return None
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def follow_parent(parent: int) -> None:
+    """Makes this process end with its parent where the system can do that; elsewhere the end of a pipe has to."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
+
+
+def module_command(module: str) -> list[str]:
+    """How this Python runs one of our modules."""
+    # Without -P, python -m looks for modules in the working directory first, which may hold anything.
+    safe = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
+    return [sys.executable, *safe, "-m", module]

@@ -1,0 +1,58 @@
+"""What the supervisor and a replica process tell each other.
+
+Down the process's standard input goes one :class:`Start`; then the pipe stays open, and its end means that the
+supervisor is gone. Up its standard output comes one line, a :class:`Ready` or a :class:`Failed`.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import BinaryIO, NamedTuple
+
+from msgspec import Struct
+
+from llmstream.config import Settings
+
+_LENGTH = 8
+
+
+class Start(NamedTuple):
+    """What a replica process has to know."""
+
+    settings: Settings
+    descriptors: list[int]
+    """Bound sockets to listen on."""
+
+
+class Ready(Struct, frozen=True, tag=True):
+    """The replica listens."""
+
+    replica: str
+    pools: list[str]
+    models: list[str]
+
+
+class Failed(Struct, frozen=True, tag=True):
+    """The replica cannot start, and why."""
+
+    message: str
+    misconfigured: bool
+    """Trying again cannot help."""
+
+
+Report = Ready | Failed
+
+
+def packed(start: Start) -> bytes:
+    """A pickle, because settings written as text have their secrets masked."""
+    body = pickle.dumps(start)
+    return len(body).to_bytes(_LENGTH, "big") + body
+
+
+def read_start(pipe: BinaryIO) -> Start:
+    """Raises EOFError when the supervisor is gone."""
+    head = pipe.read(_LENGTH)
+    body = pipe.read(int.from_bytes(head, "big"))
+    start = pickle.loads(body)  # noqa: S301 (comes from the process that started us)
+    assert isinstance(start, Start)
+    return start

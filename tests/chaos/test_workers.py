@@ -1,0 +1,246 @@
+"""Several workers on one port: real processes, real signals, one service."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import signal
+import socket
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from llmstream.store.store import Store
+from llmstream.types import Event, Started
+from tests.chaos.test_kill import assert_exact, attempts_in
+from tests.chaos.workers import Reader, Workers, alive, all_done, pid_of, workers
+from tests.conftest import assert_every_key_expires
+from tests.logs import stored
+from tests.replica import tokens
+from tests.waiting import wait_until
+
+TAKEOVER_S = 1.0
+SHARE = 0.2
+
+
+async def test_all_workers_serve_under_one_address(tmp_path: Path) -> None:
+    """Connections reach every worker, ``server.json`` names the one address, and each log line its process."""
+    async with workers(tmp_path, 2, logging__level="DEBUG") as service:
+        names = set(await service.replicas())
+        assert len(names) == 2
+        for name in names:
+            async with service.connection(name) as client:
+                assert client.replica == name
+        pids = {pid_of(name) for name in names}
+        assert service.process.pid not in pids
+        (pid, _) = pids
+        os.kill(pid, signal.SIGKILL)
+        await wait_until(lambda: f"replica process {pid} was ended by SIGKILL" in service.log)
+
+
+async def test_a_killed_worker_interrupts_no_stream(
+    tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
+) -> None:
+    """Answers that a killed worker was generating go on within a second, exact, for whoever reads them from another
+    worker; the dead one is replaced."""
+    async with (
+        workers(tmp_path, 2, models__echo__delay_ms=20, models__echo__slots=8) as service,
+        AsyncExitStack() as stack,
+    ):
+        victim, survivor = await service.replicas()
+        client = await stack.enter_async_context(service.connection(victim))
+        jobs = [await client.submit(tokens=120) for _ in range(8)]
+        readers = [Reader(job) for job in jobs]
+        reading = []
+        for reader in readers:
+            connection = await stack.enter_async_context(service.connection(survivor))
+            reading.append(asyncio.create_task(reader.read(connection.http)))
+        await wait_until(lambda: all(len(reader.text) > len(tokens(10)) for reader in readers))
+        async with service.store() as store:
+            states = await store.jobs.find_all(jobs)
+            hit = {state.job.id for state in states if state.replica == victim}
+            assert hit
+            killed_at = asyncio.get_running_loop().time()
+            os.kill(pid_of(victim), signal.SIGKILL)
+            await asyncio.gather(*reading)
+            gaps = [reader.first_of[2] - killed_at for reader in readers if reader.job_id in hit]
+            for reader in readers:
+                assert reader.ended
+                assert reader.text == tokens(120)
+                log = await stored(store, reader.job_id)
+                assert_exact(log, 120)
+                assert attempts_in(log) == (2 if reader.job_id in hit else 1)
+            record_testsuite_property("takeover_s", max(gaps))
+            assert max(gaps) <= TAKEOVER_S
+            await wait_until(lambda: replaced(service, {victim}), timeout=30)
+            async with service.connection((set(await service.replicas()) - {survivor}).pop()) as fresh:
+                job = await fresh.submit(tokens=3)
+                reader = Reader(job)
+                await reader.read(fresh.http)
+                assert reader.text == tokens(3)
+            await assert_every_key_expires(store)
+
+
+async def test_a_rolling_restart_under_load_loses_nothing(tmp_path: Path) -> None:
+    """SIGHUP replaces every worker while clients submit and read: each accepted job ends with its exact answer, and
+    no job was run again except where it was handed over."""
+    async with workers(tmp_path, 2, models__echo__delay_ms=10) as service:
+        before = set(await service.replicas())
+        accepted: list[str] = []
+        done = asyncio.Event()
+        clients = [asyncio.create_task(ask(service, accepted, done)) for _ in range(8)]
+        await wait_until(lambda: len(accepted) > 16)
+        service.process.send_signal(signal.SIGHUP)
+        await wait_until(lambda: replaced(service, before), timeout=60)
+        done.set()
+        await asyncio.gather(*clients)
+        assert len(accepted) > 32
+        async with service.store() as store:
+            await wait_until(lambda: all_done(store, accepted))
+            handed_over = 0
+            for job in accepted:
+                log = await stored(store, job)
+                assert_exact(log, 40)
+                given = int(await store.writes.call("HGET", store.keys.job(job), "handed_over") or 0)
+                assert attempts_in(log) == 1 + given
+                handed_over += given
+            assert handed_over
+            await assert_every_key_expires(store)
+
+
+async def test_sigterm_ends_all_workers_within_the_grace(tmp_path: Path) -> None:
+    """SIGTERM to the supervisor ends every process in time with exit status 0; started again the service finishes
+    what it had accepted."""
+    async with workers(tmp_path, 2, models__echo__delay_ms=20) as service:
+        pids = [pid_of(name) for name in await service.replicas()]
+        async with service.connection() as client:
+            jobs = [await client.submit(tokens=100) for _ in range(12)]
+        async with service.store() as store:
+            await wait_until(lambda: running(store, jobs, 8))
+        start = asyncio.get_running_loop().time()
+        assert await service.end(signal.SIGTERM) == 0
+        assert asyncio.get_running_loop().time() - start < 5
+        assert not any(map(alive, pids))
+        assert not (tmp_path / "server.json").exists()
+        await service.start()
+        async with service.store() as store:
+            await wait_until(lambda: all_done(store, jobs), timeout=30)
+            for job in jobs:
+                assert_exact(await stored(store, job), 100)
+
+
+async def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
+    """``kill -9`` of the supervisor leaves neither a worker nor the store behind, and the port is free."""
+    async with workers(tmp_path, 2) as service:
+        pids = [*map(pid_of, await service.replicas()), await service.store_pid()]
+        assert all(map(alive, pids))
+        await service.end(signal.SIGKILL)
+        await wait_until(lambda: not any(map(alive, pids)))
+        with socket.create_server(("127.0.0.1", int(service.url.rpartition(":")[2]))):
+            pass
+
+
+async def test_a_worker_that_cannot_start_ends_the_command(tmp_path: Path) -> None:
+    """What keeps a worker from starting, or the port from being shared, is told once, and nothing stays behind."""
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as taken:
+        service = Workers(tmp_path, 2, {"server.port": taken.getsockname()[1]})
+        with pytest.raises(AssertionError, match="Cannot listen"):
+            await service.start()
+        assert await service.process.wait() == 2
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(64))
+    service = Workers(tmp_path, 2, {"models.m.source": broken})
+    with pytest.raises(AssertionError, match="error: "):
+        await service.start()
+    assert await service.process.wait() in (1, 2)
+
+
+async def test_a_thousand_jobs_are_shared_and_each_is_run_once(
+    tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
+) -> None:
+    """Of 1,000 jobs that waited for three workers each runs once, none long before a more urgent one, and every
+    worker gets its share."""
+    settings = {"models__echo__delay_ms": 8, "scheduler__ageing_s": 100_000}
+    async with workers(tmp_path, 3, **settings) as service, service.connection() as client, service.store() as store:
+        blockers = [await client.submit(tokens=1, delay_ms=100_000) for _ in range(12)]
+        await wait_until(lambda: running(store, blockers, 12))
+        priorities = random.Random(1).choices((10, 0, -10), k=1000)
+        jobs = {await client.submit(priority, tokens=5): priority for priority in priorities}
+        for job in blockers:
+            async with client.http.post(f"/chat/{job}/cancel"):
+                pass
+        await wait_until(lambda: all_done(store, list(jobs)), timeout=60)
+        logs = {job: await stored(store, job) for job in jobs}
+        for log in logs.values():
+            assert_exact(log, 5)
+            assert attempts_in(log) == 1
+        starts = {job: started(log) for job, log in logs.items()}
+        shares = Counter(start.replica for start in starts.values())
+        record_testsuite_property("shares", sorted(shares.values()))
+        assert len(shares) == 3
+        assert all(abs(share - 1000 / 3) <= SHARE * 1000 / 3 for share in shares.values()), shares
+        for urgent, other in itertools.pairwise((10, 0, -10)):
+            last = max(starts[job].at for job in jobs if jobs[job] == urgent)
+            early = [job for job in jobs if jobs[job] == other and starts[job].at < last]
+            assert len(early) <= 12, "more than one job for each slot overtook a more urgent one"
+
+
+async def test_a_burst_through_one_worker_is_spread(
+    tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
+) -> None:
+    """Jobs that one worker accepts while all have room are shared by all of them."""
+    async with workers(tmp_path, 3, models__echo__slots=200) as service, service.store() as store:
+        async with service.connection() as client:
+            jobs = [await client.submit(tokens=1, delay_ms=3000) for _ in range(300)]
+        await wait_until(lambda: all_done(store, jobs), timeout=30)
+        shares = Counter(state.replica for state in await store.jobs.find_all(jobs))
+        record_testsuite_property("shares", sorted(shares.values()))
+        assert len(shares) == 3
+        assert all(abs(share - 100) <= SHARE * 100 for share in shares.values()), shares
+
+
+async def ask(service: Workers, accepted: list[str], done: asyncio.Event) -> None:
+    """Submits and reads one job after the other, over whatever connection there is."""
+    async with aiohttp.ClientSession(service.url) as http:
+        while not done.is_set():
+            body = {"message": "go", "model": "echo", "echo": {"tokens": 40}}
+            try:
+                async with http.post("/chat/async", json=body) as answer:
+                    if answer.status == 503:
+                        continue
+                    assert answer.status == 202, await answer.text()
+                    job = str((await answer.json())["task_id"])
+            except aiohttp.ClientError:
+                continue
+            accepted.append(job)
+            reader = Reader(job)
+            while not reader.ended:
+                with suppress(aiohttp.ClientError):
+                    await reader.read(http)
+            assert reader.text == tokens(40)
+
+
+async def replaced(service: Workers, gone: set[str]) -> bool:
+    """Whether the service has all its workers, and none of these."""
+    try:
+        names = set(await service.replicas())
+    except aiohttp.ClientError:
+        return False
+    return len(names) == service.count and not names & gone
+
+
+async def running(store: Store, jobs: list[str], count: int) -> bool:
+    """Whether so many of the jobs are being generated."""
+    states = await store.jobs.find_all(jobs)
+    return sum(state.status == "in_progress" for state in states) == count
+
+
+def started(log: list[Event]) -> Started:
+    (start,) = (event.data for event in log if isinstance(event.data, Started))
+    return start
