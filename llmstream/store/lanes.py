@@ -87,13 +87,13 @@ _CLAIM = Script(
 local claimed, now = {}, fmt(now_ms())
 local count, held, others = tonumber(ARGV[2]), tonumber(ARGV[6]), 0
 if held then
-  -- Its part of all the work there is, by slots. A tenth more is still even and spares jobs the way to another replica.
+  -- Its part of all work, by slots. A little more is still even and spares jobs the way to another replica.
   local own = tonumber(redis.call('HGET', slots, ARGV[1]) or 0)
   for _, n in ipairs(redis.call('HVALS', slots)) do others = others + n end
   others = others - own
   if others > 0 then
     local share = math.ceil((redis.call('HLEN', claims) + redis.call('ZCARD', order)) * own / (own + others))
-    count = math.min(count, share + math.floor(share / 10) - held)
+    count = math.min(count, share + math.floor(share / 16) - held)
   end
 end
 for _ = 1, count do
