@@ -97,6 +97,8 @@ class Worker:
             if begun == "exhausted":
                 await self._give_up()
                 return "done"
+            if begun == "superseded":
+                return "release"
             self._begun = begun
             writer = self._log.writer(begun)
             writer.on_lost = self.interrupt

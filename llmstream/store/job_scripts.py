@@ -21,19 +21,24 @@ BEGIN = Script(
     "begin",
     """
 -- KEYS job, log; ARGV replica, at, max_attempts, entry, ttl_ms, token.
--- Opens the next attempt; from here on the log refuses every older one. The token tells a repeated call.
+-- Opens the next attempt; from here on the log refuses every older one. The token tells a repeated call: the latest
+-- ones are kept, newest first, because a repetition that comes after a take-over must not take the job back.
 local job = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'spec', 'started_at', 'handed_over', 'token')
 if not job[1] then return {'gone'} end
 if job[1] ~= 'queued' and job[1] ~= 'in_progress' then return {'done'} end
 local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 2)
 local handed_over = tonumber(job[5] or 0)
-if job[6] == ARGV[6] then
+local tokens = job[6] or ''
+local known = string.find(tokens, ARGV[6], 1, true)
+if known and known > 1 then return {'superseded'} end
+if known then
   return {'begun', job[3], tonumber(job[2]), last[2] and last[2][1] or '0-0', job[4], job[2] - handed_over}
 end
 local attempt = tonumber(job[2]) + 1
 if attempt - handed_over > tonumber(ARGV[3]) then return {'exhausted'} end
 redis.call('XADD', KEYS[2], attempt .. '-0', 'e', ARGV[4])
-redis.call('HSET', KEYS[1], 'status', 'in_progress', 'attempt', attempt, 'replica', ARGV[1], 'token', ARGV[6])
+redis.call('HSET', KEYS[1], 'status', 'in_progress', 'attempt', attempt, 'replica', ARGV[1],
+           'token', string.sub(ARGV[6] .. tokens, 1, 128))
 if not job[4] then redis.call('HSET', KEYS[1], 'started_at', ARGV[2]) end
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
 redis.call('PEXPIRE', KEYS[2], ARGV[5])

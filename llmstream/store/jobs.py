@@ -52,6 +52,12 @@ class Ended(NamedTuple):
     previous: EventId
 
 
+_NOT_BEGUN: dict[bytes, Literal["done", "exhausted", "superseded"]] = {
+    b"gone": "done",
+    b"done": "done",
+    b"exhausted": "exhausted",
+    b"superseded": "superseded",
+}
 _spec_decoder = msgspec.json.Decoder(Job)
 _outcome_decoder = msgspec.json.Decoder(_Outcome)
 
@@ -96,11 +102,14 @@ class Jobs:
         found = await asyncio.gather(*(self._pipeline.call("HGETALL", self._keys.job(job_id)) for job_id in job_ids))
         return [_state(fields) for fields in found if fields]
 
-    async def begin(self, job_id: str, started: Started, max_attempts: int) -> Begun | Literal["done", "exhausted"]:
+    async def begin(
+        self, job_id: str, started: Started, max_attempts: int
+    ) -> Begun | Literal["done", "exhausted", "superseded"]:
         """Opens the next attempt: fences every older one by logging ``{attempt}-0``.
 
-        Returns ``done`` when the job needs no more work (finished, cancelled, expired) and ``exhausted`` when it has
-        had all its attempts. While the store is away it is asked again; a lost answer costs no attempt.
+        Returns ``done`` when the job needs no more work (finished, cancelled, expired), ``exhausted`` when it has had
+        all its attempts, and ``superseded`` when this attempt had begun, but by the time the answer came another one
+        had too. While the store is away it is asked again; a lost answer costs no attempt.
         """
         data = encode_payloads([started])
         reply = await self._insist(
@@ -114,7 +123,7 @@ class Jobs:
             os.urandom(8).hex(),
         )
         if reply[0] != b"begun":
-            return "exhausted" if reply[0] == b"exhausted" else "done"
+            return _NOT_BEGUN[reply[0]]
         _, spec, attempt, previous, started_at, tries = reply
         entry = Entry(EventId(attempt, 0), [started], len(data))
         return Begun(_spec_decoder.decode(spec), attempt, EventId.parse(previous), entry, float(started_at), tries)

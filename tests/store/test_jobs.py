@@ -73,6 +73,21 @@ async def test_a_beginning_whose_answer_was_lost_costs_no_attempt(store: Store) 
         assert [event.id for event in await stored(store, job.id)] == [EventId(1, 0), EventId(2, 0)]
 
 
+async def test_a_beginning_repeated_too_late_takes_nothing_back(store: Store) -> None:
+    """A replica that learns of its attempt only after another one began neither fences that one nor begins again."""
+    async with distant(store) as (far, proxy):
+        await begin(store, await new_job(store))  # from here on the server knows the script
+        job = await new_job(store)
+        trap = proxy.trap(b'"started"')
+        asking = asyncio.create_task(far.jobs.begin(job.id, start(), 9))
+        await trap.sprung.wait()
+        proxy.refuse()
+        await begin(store, job)
+        proxy.refuse(False)
+        assert await asking == "superseded"
+        assert [event.id for event in await stored(store, job.id)] == [EventId(1, 0), EventId(2, 0)]
+
+
 async def test_two_beginnings_are_two_attempts(store: Store) -> None:
     """Beginnings of the same replica at the same moment are told apart."""
     job = await new_job(store)
