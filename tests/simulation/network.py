@@ -8,9 +8,11 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import hiredis
 from redis.exceptions import ConnectionError as Broken
 from redis.exceptions import ResponseError
 
+from llmstream.store.connection import Refusal
 from tests.simulation.loop import OUTSIDE, VirtualLoop
 from tests.simulation.lua import Mutate, Scripts
 from tests.simulation.memory import Memory
@@ -128,10 +130,11 @@ class Link:
         self._replies.clear()
         self._server.links[self] = None
 
-    async def can_read(self) -> bool:
+    @property
+    def closed_by_server(self) -> bool:
         return self not in self._server.links
 
-    async def disconnect(self, nowait: bool = False) -> None:
+    async def close(self) -> None:
         self.is_connected = False
         self._server.links.pop(self, None)
         self.subscribed = ()
@@ -152,18 +155,15 @@ class Link:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    def pack_commands(self, commands: Iterable[Iterable[Any]]) -> list[Any]:
-        return [tuple(map(_encode, command)) for command in commands]
-
-    async def send_command(self, *args: Any, check_health: bool = True) -> None:
-        if args[0] == "SUBSCRIBE":
-            self.subscribed = tuple(map(_encode, args[1:]))
-        elif args[0] == "PING":
-            self._server.later(self._server.latency(), self.deliver, [[b"pong", b""]])
-
-    async def send_packed_command(self, command: Iterable[Any], check_health: bool = True) -> None:
+    async def send(self, packed: Iterable[bytes]) -> None:
         server, rng = self._server, self._server.rng
-        batch: list[Command] = list(command)
+        batch = _unpack(packed)
+        if batch[0][0] == b"SUBSCRIBE":
+            self.subscribed = batch[0][1:]
+            return
+        if self.subscribed:  # the only thing a subscriber asks is whether anybody is there
+            server.later(server.latency(), self.deliver, [[b"pong", b""]])
+            return
         if self not in server.links:
             raise Broken("Connection reset by peer.")
         if rng.random() >= server.loss:
@@ -204,29 +204,20 @@ class Link:
             self._answered_at = max(server.loop.time() + server.latency(), self._answered_at)
             server.loop.call_at(self._answered_at, self.deliver, replies, era, context=OUTSIDE)
 
-    async def read_response(
-        self,
-        disable_decoding: bool = False,
-        timeout: float | None = None,
-        *,
-        disconnect_on_error: bool = True,
-        push_request: bool | None = False,
-    ) -> Any:
+    async def receive(self, at_most: int) -> list[Any]:
         while not self._replies:
             if self not in self._server.links:
                 raise Broken("Connection closed by server.")
             self._reader = self._server.loop.create_future()
-            if timeout is None:
-                await self._reader
-            elif not (await asyncio.wait({self._reader}, timeout=timeout))[0]:
-                return None
-        reply = self._replies.popleft()
-        if isinstance(reply, ResponseError):
-            raise reply
-        return reply
+            await self._reader
+        replies = [self._replies.popleft() for _ in range(min(at_most, len(self._replies)))]
+        return [Refusal(str(reply)) if isinstance(reply, ResponseError) else reply for reply in replies]
 
 
-def _encode(arg: Any) -> bytes:
-    if type(arg) is str:
-        return arg.encode()
-    return arg if type(arg) is bytes else repr(arg).encode()
+def _unpack(packed: Iterable[bytes]) -> list[Command]:
+    parser = hiredis.Reader()
+    parser.feed(b"".join(packed))
+    batch: list[Command] = []
+    while (command := parser.gets()) is not False:
+        batch.append(tuple(command))
+    return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import cast
 from unittest.mock import patch
 
 from llmstream.config import DeadlineSettings, ModelSettings, SchedulerSettings, StoreSettings
@@ -30,7 +31,7 @@ def store_of(server: Server, process: Process) -> Store:
     """A store whose connections are links of ``process``."""
 
     def connect() -> Connection:
-        return Link(server, process.name)
+        return cast(Connection, Link(server, process.name))
 
     with patch.object(store_module, "connector", lambda *_: connect):
         return Store("", STORE)
