@@ -83,6 +83,9 @@ class Memory:
     def _do_hgetall(self, key: bytes) -> list[bytes]:
         return [part for pair in self._hash(key).items() for part in pair]
 
+    def _do_hlen(self, key: bytes) -> int:
+        return len(self._hash(key))
+
     def _do_hvals(self, key: bytes) -> list[bytes]:
         return list(self._hash(key).values())
 
