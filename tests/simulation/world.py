@@ -40,12 +40,21 @@ class Outcome(NamedTuple):
 class World:
     """Everything that a seed decides."""
 
-    def __init__(self, seed: int, *, ordered: bool = True, mutate: Mutate | None = None, traced: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        ordered: bool = True,
+        mutate: Mutate | None = None,
+        traced: bool = False,
+        loss: float | None = None,
+    ) -> None:
         self.rng = random.Random(seed)
         self.loop = VirtualLoop()  # type: ignore[abstract]  # nobody asks for the rest
         self.server = Server(self.loop, self.rng, ordered=ordered, mutate=mutate)
         if traced:
             self.server.trace = []
+        self._loss = loss
         self.client = Client(self.loop, self.server)
         self.owners: list[Owner] = []
         self.jobs: list[Job] = []
@@ -82,11 +91,12 @@ class World:
                 yield f"the client broke: {error!r}"
 
     def _explained_attempts(self) -> int:
-        """Each trouble costs a job one attempt at most; a lossy network or an absent store may cost any number."""
+        """A lossy network or an absent store may cost a job any number of attempts, any other trouble two: one when the
+        job is taken over, one when an owner comes back whose begin had not arrived and takes it again."""
         if self._unreliable:
             return 1_000
         faulty = any("fault" in job.request.body["echo"] for job in self.jobs)
-        return 1 + self._troubles + (len(self.owners) if faulty else 0)
+        return 1 + 2 * self._troubles + (len(self.owners) if faulty else 0)
 
     def _at(self, when: float, what: str, action: object, *args: object) -> None:
         self.plan.append(f"{when:.3f} {what}")
@@ -95,7 +105,7 @@ class World:
 
     def _prepare(self) -> None:
         rng = self.rng
-        self.server.loss = rng.choice((0.0, 0.02, 0.1))
+        self.server.loss = rng.choice((0.0, 0.02, 0.1)) if self._loss is None else self._loss
         self._unreliable = self.server.loss > 0
         self.client.start()
         for _ in range(3):
@@ -209,9 +219,11 @@ def complaints() -> Iterator[Complaints]:
         logger.propagate = propagate
 
 
-def simulate(seed: int, *, ordered: bool = True, mutate: Mutate | None = None, traced: bool = False) -> Outcome:
+def simulate(
+    seed: int, *, ordered: bool = True, mutate: Mutate | None = None, traced: bool = False, loss: float | None = None
+) -> Outcome:
     """Runs the schedule of one seed; the same seed gives the same schedule."""
-    world = World(seed, ordered=ordered, mutate=mutate, traced=traced)
+    world = World(seed, ordered=ordered, mutate=mutate, traced=traced, loss=loss)
     with world.loop.running(), complaints() as complained:
         faults = list(world.run())
         memory = world.server.memory
