@@ -72,6 +72,8 @@ class StoreSettings(Section):
     """How long a finished job and its log can be read."""
     unfinished_retention_s: Annotated[float, Field(gt=0)] = 7 * 24 * 3600.0
     """How long an unfinished job is kept when no replica runs."""
+    durability: Literal["full", "fsync"] = "full"
+    """``full``: the store has what a client sees; ``fsync``: on its disk. A request may ask for either."""
     sync: Literal["everysec", "always"] = "everysec"
     """When the embedded Valkey's log of changes reaches the disk."""
 

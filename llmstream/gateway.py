@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from llmstream.config import Settings
-from llmstream.errors import Conflict, NotFound, Overloaded, ShuttingDown
+from llmstream.errors import Conflict, NotFound, Overloaded, ShuttingDown, StoreUnavailable
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
 from llmstream.routing.router import Router
@@ -24,6 +24,7 @@ from llmstream.transcript import Transcript
 from llmstream.types import (
     BEGINNING,
     Clock,
+    Durability,
     EventId,
     Finished,
     GenerateRequest,
@@ -31,10 +32,12 @@ from llmstream.types import (
     JobState,
     ModelInfo,
     Principal,
+    encode,
     new_id,
 )
 
 DEFAULT_RETRY_AFTER_S = 1.0
+STORE_RETRY_AFTER_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +64,14 @@ class Gateway:
         priority: int = 0,
         session_id: str | None = None,
         deadline_s: float | None = None,
+        durability: Durability | None = None,
     ) -> Job:
         """Accepts a job; from here on it reaches a terminal state whatever happens to this process.
 
         Raises BadRequest or ModelNotFound for what can never run, Overloaded with ``retry_after`` when the queue is
         full, ShuttingDown, StoreUnavailable. After an error nothing is left behind.
         """
-        job = await self._admit(request, principal or Principal(), priority, session_id, deadline_s)
+        job = await self._admit(request, principal or Principal(), priority, session_id, deadline_s, durability)
         await self._enqueue(job)
         return job
 
@@ -79,9 +83,10 @@ class Gateway:
         priority: int = 0,
         session_id: str | None = None,
         deadline_s: float | None = None,
+        durability: Durability | None = None,
     ) -> tuple[Job, Follower]:
         """Like :meth:`submit`, and follows the job from its beginning; close the follower."""
-        job = await self._admit(request, principal or Principal(), priority, session_id, deadline_s)
+        job = await self._admit(request, principal or Principal(), priority, session_id, deadline_s, durability)
         follower = self._store.log.follow(job.id, newborn=True)
         try:
             await self._enqueue(job)
@@ -154,6 +159,14 @@ class Gateway:
         """Counts by pool."""
         return {name: await pool.lanes.census() for name, pool in self._scheduler.pools.items()}
 
+    @property
+    def unready(self) -> str | None:
+        """Why new work should go to another replica; None when this one takes it."""
+        if self._closing:
+            return "This replica is shutting down."
+        trouble = self._store.presence.trouble
+        return trouble.message if trouble is not None else None
+
     async def health(self) -> dict[str, Any]:
         """Everything behind this replica, with the time each look took; never raises."""
         parts: dict[str, Any] = {"store": await _timed(self._store.health())}
@@ -176,11 +189,16 @@ class Gateway:
         priority: int,
         session_id: str | None,
         deadline_s: float | None,
+        durability: Durability | None,
     ) -> Job:
         if self._closing:
             raise ShuttingDown("This replica is shutting down; try again, another one will answer.", retry_after=1)
+        if self._store.presence.trouble is not None:
+            raise StoreUnavailable(self._store.presence.trouble.message, retry_after=STORE_RETRY_AFTER_S)
         target = self._router.target(request)
         await target.provider.check(request)
+        durability = durability or self.settings.store.durability
+        self._store.check(durability)
         now = self._clock()
         return Job(
             id=new_id(self._clock),
@@ -191,6 +209,7 @@ class Gateway:
             priority=priority,
             session_id=session_id,
             expires_at=None if deadline_s is None else now + deadline_s,
+            durability=durability,
         )
 
     async def _enqueue(self, job: Job) -> None:
@@ -202,7 +221,15 @@ class Gateway:
             raise await self._overloaded(lanes)
         if job.session_id is not None:
             await self._store.jobs.join_session(job.session_id, job)
+        self._store.recent.remember(lambda: self._enqueue_again(job), len(encode(job)))
         self._scheduler.kick(job.pool)
+
+    async def _enqueue_again(self, job: Job) -> None:
+        """For a store that may have forgotten an accepted job. One that it knows stays as it is."""
+        if await self._store.jobs.create(job):
+            await self._lanes(job.pool).push(job, again=True)
+            if job.session_id is not None:
+                await self._store.jobs.join_session(job.session_id, job)
 
     async def _overloaded(self, lanes: Lanes) -> Overloaded:
         census = await lanes.census()

@@ -23,6 +23,9 @@ MIN_PRIORITY, MAX_PRIORITY = -10, 10
 Clock = Callable[[], float]
 """Seconds since the epoch; injected so that tests own the time."""
 
+Durability = Literal["full", "fsync"]
+"""When an event counts as logged: the store has it, or the store has it on its disk."""
+
 Kind = Literal["chat", "completion"]
 
 
@@ -172,6 +175,7 @@ class Job(Struct, frozen=True, omit_defaults=True):
     expires_at: float | None = None
     """Seconds since the epoch after which a job that is not finished fails; None: no such limit while it waits."""
     labels: dict[str, str] | None = None
+    durability: Durability = "full"
 
     @property
     def lane(self) -> Lane:

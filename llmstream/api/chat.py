@@ -25,7 +25,13 @@ async def submit_chat(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     schema, generate = await _read(request, gateway)
     session_id = schema.session_id or new_id()
-    job = await gateway.submit(generate, priority=schema.priority, session_id=session_id, deadline_s=schema.deadline_s)
+    job = await gateway.submit(
+        generate,
+        priority=schema.priority,
+        session_id=session_id,
+        deadline_s=schema.deadline_s,
+        durability=schema.durability,
+    )
     url = request.app.router[STREAM].url_for(session_id=session_id)
     if schema.session_id is not None:  # a session of the caller's may hold several jobs: name the one
         url = url.with_query(task_id=job.id)
@@ -43,7 +49,11 @@ async def chat(request: web.Request) -> web.StreamResponse:
     schema, generate = await _read(request, gateway)
     session_id = schema.session_id or new_id()
     job, follower = await gateway.start(
-        generate, priority=schema.priority, session_id=session_id, deadline_s=schema.deadline_s
+        generate,
+        priority=schema.priority,
+        session_id=session_id,
+        deadline_s=schema.deadline_s,
+        durability=schema.durability,
     )
     location = request.app.router[STREAM].url_for(session_id=session_id).with_query(task_id=job.id)
     headers = {"x-job-id": job.id, "Location": str(location)}

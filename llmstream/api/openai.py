@@ -33,6 +33,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         priority=schema.priority,
         session_id=schema.session_id,
         deadline_s=schema.deadline_s,
+        durability=schema.durability,
     )
     headers = _headers(request, job)
     if schema.stream:

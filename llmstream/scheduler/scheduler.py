@@ -37,6 +37,8 @@ class Pool:
         self.cancelled_since_ms = 0
         self.unsure = False
         """True after a lost answer: the store may count jobs as ours that do not run here, or the other way round."""
+        self.life = 0
+        """The server's life that has all our claims."""
         self.beats = 0
         self.last_beat = 0.0
 
@@ -126,6 +128,8 @@ class Scheduler:
             await pool.wake.wait()
             pool.wake.clear()
             try:
+                # A job that seems to wait may be running where its claim is about to be written again.
+                await self._store.presence.recovered()
                 while pool.free > 0 and not self._closing:
                     claimed = await pool.lanes.claim(self.replica, min(pool.free, CLAIM_BATCH))
                     if self._closing or not claimed:  # what came too late goes back when we leave
@@ -217,11 +221,20 @@ class Scheduler:
             self.stop_job(job_id)
         for job_id in pulse.overdue:
             await self._end(pool, job_id, "The job was still waiting at its deadline.", "deadline_exceeded")
+        await self._reclaim(pool)
         lapsed = asked - pool.last_beat > self._settings.lease_s
         pool.last_beat, pool.beats = asked, pool.beats + 1
         if pool.unsure or lapsed or pool.beats % RECONCILE_BEATS == 0:
             await self._reconcile(pool)
         pool.wake.set()
+
+    async def _reclaim(self, pool: Pool) -> None:
+        """After another server has answered: claims of running jobs may be among what it lost."""
+        life = self._store.presence.life
+        if pool.life != life:
+            running = [worker.job for worker in pool.running.values() if worker.job is not None]
+            await pool.lanes.reclaim(self.replica, running)
+            pool.life, pool.unsure = life, True
 
     async def _reconcile(self, pool: Pool) -> None:
         """Gives back what the store counts as ours but nobody here runs: a lost answer must not strand a job. Stops

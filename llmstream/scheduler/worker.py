@@ -120,6 +120,11 @@ class Worker:
             self._scope.cancel()
 
     @property
+    def job(self) -> Job | None:
+        """What is run; None before the first attempt has begun."""
+        return self._begun.job if self._begun is not None else None
+
+    @property
     def can_hand_over(self) -> bool:
         """Whether another replica could go on where this one stops."""
         return self._continuable

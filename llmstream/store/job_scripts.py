@@ -44,20 +44,63 @@ return {'begun', job[3], attempt, last[1] and last[1][1] or '0-0', job[4] or ARG
 FINISH = Script(
     "finish",
     """
--- KEYS job, log; ARGV attempt, entry id, entry, status, outcome, ttl_ms.
--- Terminal event, status and expiry in one step, for the attempt that still owns the log.
+-- KEYS job, log; ARGV attempt, entry id, entry, status, outcome, ttl_ms, previous id.
+-- Terminal event, status and expiry in one step, for the attempt that still owns the log. 'behind': the store lost
+-- what stood before.
 local job = redis.call('HMGET', KEYS[1], 'status', 'attempt')
-if not job[1] then return 'gone' end
+if not job[1] then return 'behind' end
 local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
 local last_id = last[1] and last[1][1] or '0-0'
+if (job[1] == 'queued' or job[1] == 'in_progress') and tonumber(job[2]) < tonumber(ARGV[1]) then return 'behind' end
 if job[1] ~= 'in_progress' then return last_id == ARGV[2] and job[1] == ARGV[4] and 'ok' or 'fenced' end
 if job[2] ~= ARGV[1] then return 'fenced' end
+if last_id ~= ARGV[7] then return 'behind' end
 local added = redis.pcall('XADD', KEYS[2], ARGV[2], 'e', ARGV[3])
 if type(added) == 'table' and added.err then
   if string.find(added.err, 'equal or smaller') then return 'fenced' end
   return added
 end
 redis.call('HSET', KEYS[1], 'status', ARGV[4], 'outcome', ARGV[5])
+redis.call('PEXPIRE', KEYS[1], ARGV[6])
+redis.call('PEXPIRE', KEYS[2], ARGV[6])
+return 'ok'
+""",
+)
+
+RESTORE = Script(
+    "restore",
+    """
+-- KEYS job, log; ARGV spec, attempt, replica, started at, token, ttl_ms, 1 to pass over a hole, the event before the
+-- first entry, then id and entry of each. Writes again what the store has lost of an attempt.
+local function pair(id)
+  local attempt, seq = string.match(id, '^(%d+)-(%d+)$')
+  return tonumber(attempt), tonumber(seq)
+end
+local function before(a, b)
+  local a1, a2 = pair(a)
+  local b1, b2 = pair(b)
+  return a1 < b1 or (a1 == b1 and a2 < b2)
+end
+local job = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'token', 'started_at')
+local attempt, known = tonumber(ARGV[2]), tonumber(job[2] or 0)
+local open = not job[1] or job[1] == 'queued' or job[1] == 'in_progress'
+if known > attempt or (known == attempt and job[3] ~= ARGV[5]) then return 'fenced' end
+if not open then return known == attempt and 'ok' or 'fenced' end
+if known == attempt and job[1] == 'queued' then return 'fenced' end
+local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
+local at, position, first = last[1] and last[1][1] or '0-0', ARGV[8], nil
+if at == position or ARGV[7] == '1' then first = 9 end
+for i = 9, #ARGV, 2 do
+  position = ARGV[i]
+  if at == position then first = i + 2 end
+end
+if not first then
+  if before(at, position) then return 'hole' end
+  first = #ARGV + 1
+end
+for i = first, #ARGV, 2 do redis.call('XADD', KEYS[2], ARGV[i], 'e', ARGV[i + 1]) end
+redis.call('HSET', KEYS[1], 'spec', ARGV[1], 'status', 'in_progress', 'attempt', attempt, 'replica', ARGV[3],
+           'token', ARGV[5], 'started_at', job[4] or ARGV[4])
 redis.call('PEXPIRE', KEYS[1], ARGV[6])
 redis.call('PEXPIRE', KEYS[2], ARGV[6])
 return 'ok'

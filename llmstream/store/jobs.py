@@ -11,13 +11,14 @@ import msgspec
 from llmstream.errors import NotFound, StoreError, StoreUnavailable
 from llmstream.store.connection import Arg
 from llmstream.store.entry import Entry, encode_payloads
-from llmstream.store.job_scripts import BEGIN, CREATE, END, FINISH, HAND_OVER, JOIN
+from llmstream.store.job_scripts import BEGIN, CREATE, END, FINISH, HAND_OVER, JOIN, RESTORE
 from llmstream.store.keys import Keys
-from llmstream.store.pipeline import Pipeline, Script
+from llmstream.store.pipeline import Command, Pipeline, Script, Sender
+from llmstream.store.presence import Presence
+from llmstream.store.recent import RETRY_S, Recent, Trail
 from llmstream.types import TERMINAL, EventId, Failure, Finished, Job, JobState, Started, Usage
 
 _SESSION_JOBS = 100
-RETRY_S = 0.1
 
 
 class _Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -40,6 +41,16 @@ class Begun(NamedTuple):
     """When the first attempt began, in seconds since the epoch."""
     tries: int
     """Attempts that count against the limit, this one included: all but those handed over."""
+    token: str
+    """Tells this execution from another one under the same number."""
+    life: int
+    """The server's life, as of before it was asked."""
+
+    def trail(self) -> Trail:
+        """What it takes to write the attempt's record again."""
+        (started,) = (event.data for event in self.entry.events)
+        assert isinstance(started, Started)
+        return Trail(self.job, self.attempt, started.replica, self.started_at, self.token)
 
 
 class Ended(NamedTuple):
@@ -52,6 +63,7 @@ class Ended(NamedTuple):
     previous: EventId
 
 
+_FINISHES: dict[bytes, Literal["ok", "fenced", "behind"]] = {b"ok": "ok", b"fenced": "fenced", b"behind": "behind"}
 _spec_decoder = msgspec.json.Decoder(Job)
 _outcome_decoder = msgspec.json.Decoder(_Outcome)
 
@@ -60,19 +72,30 @@ class Jobs:
     """Job records in the store."""
 
     def __init__(
-        self, pipeline: Pipeline, keys: Keys, *, retention_s: float, unfinished_retention_s: float, outage_s: float
+        self,
+        pipeline: Pipeline,
+        synced: Sender,
+        keys: Keys,
+        presence: Presence,
+        recent: Recent,
+        *,
+        retention_s: float,
+        unfinished_retention_s: float,
+        outage_s: float,
     ) -> None:
         self._pipeline = pipeline
+        self._synced = synced
         self._keys = keys
+        self._presence = presence
+        self._recent = recent
         self._outage_s = outage_s
         self._retention_ms = int(retention_s * 1000)
         self._unfinished_ms = int(unfinished_retention_s * 1000)
 
     async def create(self, job: Job) -> bool:
         """Writes a new record; repeating it changes nothing. False when the id belongs to a different job."""
-        created = await self._pipeline.run(
-            CREATE, [self._keys.job(job.id)], msgspec.json.encode(job), self._unfinished_ms
-        )
+        sender = self._synced if job.durability == "fsync" else self._pipeline
+        created = await sender.run(CREATE, [self._keys.job(job.id)], msgspec.json.encode(job), self._unfinished_ms)
         return bool(created)
 
     async def discard(self, job_id: str) -> None:
@@ -89,7 +112,14 @@ class Jobs:
     async def find(self, job_id: str) -> JobState | None:
         """Reads the record; None when there is none."""
         fields = await self._pipeline.call("HGETALL", self._keys.job(job_id))
+        if not fields:
+            self._doubt(job_id)
         return _state(fields) if fields else None
+
+    def _doubt(self, job_id: str) -> None:
+        """Raises StoreUnavailable while a missing record may only not be back yet."""
+        if self._presence.recovering:
+            raise StoreUnavailable(f"The store has just come back; job {job_id!r} may follow.", retry_after=1)
 
     async def find_all(self, job_ids: list[str]) -> list[JobState]:
         """Reads several records in one round trip; unknown ids are left out."""
@@ -102,27 +132,44 @@ class Jobs:
         Returns ``done`` when the job needs no more work (finished, cancelled, expired) and ``exhausted`` when it has
         had all its attempts. While the store is away it is asked again; a lost answer costs no attempt.
         """
-        data = encode_payloads([started])
-        reply = await self._insist(
-            BEGIN,
-            [self._keys.job(job_id), self._keys.log(job_id)],
-            started.replica,
-            repr(started.at),
-            max_attempts,
-            data,
-            self._unfinished_ms,
-            os.urandom(8).hex(),
-        )
+        data, token = encode_payloads([started]), os.urandom(8).hex()
+        keys = [self._keys.job(job_id), self._keys.log(job_id)]
+        while True:
+            life = self._presence.life
+            reply = await self._insist(
+                BEGIN, keys, started.replica, repr(started.at), max_attempts, data, self._unfinished_ms, token
+            )
+            if reply[0] != b"gone" or not self._presence.recovering:
+                break
+            await asyncio.sleep(RETRY_S)
         if reply[0] != b"begun":
             return "exhausted" if reply[0] == b"exhausted" else "done"
         _, spec, attempt, previous, started_at, tries = reply
         entry = Entry(EventId(attempt, 0), [started], len(data))
-        return Begun(_spec_decoder.decode(spec), attempt, EventId.parse(previous), entry, float(started_at), tries)
+        job = _spec_decoder.decode(spec)
+        return Begun(job, attempt, EventId.parse(previous), entry, float(started_at), tries, token, life)
 
-    async def finish(self, job_id: str, attempt: int, entry: Entry, data: bytes) -> bool:
-        """Logs the attempt's last entry and closes the record. False when the attempt was superseded.
+    def restoration(self, trail: Trail) -> Command:
+        """The step that writes again what the store has lost of an attempt; repeating it changes nothing.
 
-        While the store is away it is asked again; repeating a call whose answer was lost is accepted as done.
+        Its reply: ``ok``, ``fenced`` when the job moved on, ``hole`` when more was lost than is kept.
+        """
+        job_id, kept = trail.job.id, trail.entries
+        keys = [self._keys.job(job_id), self._keys.log(job_id)]
+        spec = msgspec.json.encode(trail.job)
+        record: list[Arg] = [spec, trail.attempt, trail.replica, repr(trail.started_at), trail.token]
+        first = kept[0].previous if kept else trail.logged
+        entries = [part for entry in kept for part in (str(entry.last), entry.data)]
+        over = int(trail.over_a_hole)
+        return ("EVAL", RESTORE.source, len(keys), *keys, *record, self._unfinished_ms, over, str(first), *entries)
+
+    async def finish(
+        self, sender: Sender, job_id: str, attempt: int, entry: Entry, data: bytes, previous: EventId
+    ) -> Literal["ok", "fenced", "behind"]:
+        """Logs the attempt's last entry through ``sender``, right after ``previous``, and closes the record.
+
+        ``fenced`` when the attempt was superseded, ``behind`` when the log does not end at ``previous``. While the
+        store is away it is asked again; repeating a call whose answer was lost is accepted as done.
         """
         finished = entry.events[-1].data
         assert isinstance(finished, Finished)
@@ -135,8 +182,10 @@ class Jobs:
             finished.status,
             _encode_outcome(finished),
             self._retention_ms,
+            str(previous),
+            sender=sender,
         )
-        return bool(reply == b"ok")
+        return _FINISHES[reply]
 
     async def hand_over(self, job_id: str, attempt: int) -> None:
         """Marks an attempt as given up on purpose, so that another replica goes on at no cost."""
@@ -156,10 +205,12 @@ class Jobs:
             job_id,
         )
         if reply[0] == b"gone":
+            self._doubt(job_id)
             raise NotFound(f"There is no job {job_id!r}; it never existed or its retention time is over.")
         if reply[0] == b"done":
             return Ended(reply[1].decode(), None, EventId(0, 0))
         entry = Entry(EventId(reply[2], 0), [finished], len(data))
+        self._recent.remember(lambda: self.end(job_id, finished), len(data))
         return Ended(finished.status, entry, EventId.parse(reply[3]))
 
     async def join_session(self, session_id: str, job: Job) -> None:
@@ -172,13 +223,13 @@ class Jobs:
         found = await self._pipeline.call("ZRANGE", self._keys.session(session_id), 0, -1, "REV")
         return [raw.decode() for raw in found]
 
-    async def _insist(self, script: Script, keys: list[str], *args: Arg) -> Any:
+    async def _insist(self, script: Script, keys: list[str], *args: Arg, sender: Sender | None = None) -> Any:
         """Runs a step that may be repeated, again and again while the store is away, for up to ``outage_s``."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._outage_s
         while True:
             try:
-                return await self._pipeline.run(script, keys, *args)
+                return await (sender or self._pipeline).run(script, keys, *args)
             except StoreUnavailable as error:
                 if isinstance(error, StoreError) or loop.time() >= deadline:
                     raise

@@ -14,6 +14,7 @@
 {prefix}:{q:POOL}:cancels   zset    recently cancelled jobs, for owners that missed the wake-up
 {prefix}:{q:POOL}:index     zset    every job of the pool by creation time, trimmed to the retention time
 {prefix}:{q:POOL}:stats     hash    measured service time
+{prefix}:probe              string  written to see whether the store takes writes
 {prefix}:wake               channel pool names with new work
 {prefix}:cancel             channel ids of cancelled jobs
 """
@@ -42,6 +43,7 @@ class Keys:
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
+        self.probe = f"{prefix}:probe"
         self.wake = f"{prefix}:wake"
         self.cancel = f"{prefix}:cancel"
 

@@ -11,11 +11,14 @@ their levels.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from llmstream.store.keys import QUEUE_PARTS, Keys
 from llmstream.store.pipeline import Pipeline, Script
 from llmstream.types import LANES, MAX_PRIORITY, Job, Lane, lane_of
+
+_UNLIMITED = 2**53
 
 _NAMES = "\n".join(f"local {name} = KEYS[{index}]" for index, name in enumerate(QUEUE_PARTS, 1))
 _PRELUDE = (
@@ -115,6 +118,30 @@ if #claimed > 0 then
   keep(ARGV[4])
 end
 return claimed
+""",
+)
+
+_RECLAIM = Script(
+    "reclaim",
+    _PRELUDE
+    + """
+-- ARGV replica, lease_ms, ttl_ms, then id and meta (without the arrival) of each. Running jobs whose claims were lost.
+local now = now_ms()
+for i = 4, #ARGV, 2 do
+  local id = ARGV[i]
+  if redis.call('HEXISTS', claims, id) == 0 then
+    if redis.call('HEXISTS', meta, id) == 0 then
+      local part = split(ARGV[i + 1])
+      redis.call('HSET', meta, id, part[1] .. '|' .. fmt(now) .. '|' .. part[2] .. '|' .. part[3] .. '|0')
+      redis.call('ZADD', index, 'NX', fmt(now), id)
+    end
+    forget_waiting(id)
+    redis.call('HSET', claims, id, ARGV[1] .. '|' .. fmt(now))
+  end
+end
+redis.call('ZADD', replicas, 'NX', fmt(now + ARGV[2]), ARGV[1])
+keep(ARGV[3])
+return 1
 """,
 )
 
@@ -316,17 +343,21 @@ class Lanes:
         self._ttl_ms = int(ttl_s * 1000)
         self._retention_ms = int(max(retention_s, ttl_s) * 1000)
 
-    async def push(self, job: Job) -> bool:
-        """Puts an accepted job in line; repeating it changes nothing. False when the queue is full."""
+    async def push(self, job: Job, *, again: bool = False) -> bool:
+        """Puts an accepted job in line; repeating it changes nothing. False when the queue is full.
+
+        ``again`` says that it stood there before, so that it is never refused.
+        """
+        level, principal, deadline = _meta(job)
         reply = await self._pipeline.run(
             _PUSH,
             self._keys,
             job.id,
-            MAX_PRIORITY - job.priority,
-            job.principal.replace("|", "%7C"),
-            self._max_waiting,
+            level,
+            principal,
+            _UNLIMITED if again else self._max_waiting,
             self._ttl_ms,
-            "" if job.expires_at is None else int(job.expires_at * 1000),
+            deadline,
             self._retention_ms,
             self._wake,
             self.pool,
@@ -339,6 +370,11 @@ class Lanes:
             _CLAIM, self._keys, replica, count, self._ageing_ms, self._ttl_ms, self._lease_ms
         )
         return [raw.decode() for raw in found]
+
+    async def reclaim(self, replica: str, jobs: Iterable[Job]) -> None:
+        """Takes jobs that run on this replica out of the line, where the store has lost that they were claimed."""
+        known = [part for job in jobs for part in (job.id, "|".join(map(str, _meta(job))))]
+        await self._pipeline.run(_RECLAIM, self._keys, replica, self._lease_ms, self._ttl_ms, *known)
 
     async def settle(self, job_id: str, replica: str) -> None:
         """Gives back the claim of a job that needs no more work."""
@@ -393,6 +429,12 @@ class Lanes:
             "ZRANGE", self._keys[QUEUE_PARTS.index("index")], 0, limit - 1, "REV"
         )
         return [raw.decode() for raw in found]
+
+
+def _meta(job: Job) -> tuple[int, str, int | str]:
+    """A job's level, principal and deadline in milliseconds."""
+    deadline = "" if job.expires_at is None else int(job.expires_at * 1000)
+    return MAX_PRIORITY - job.priority, job.principal.replace("|", "%7C"), deadline
 
 
 def _seconds(mean_ms: bytes) -> float | None:

@@ -7,10 +7,12 @@ from llmstream.store.entry import Entry, decode_entry
 from llmstream.store.follower import PAGE, Follower
 from llmstream.store.jobs import Begun, Ended, Jobs
 from llmstream.store.keys import Keys
-from llmstream.store.pipeline import Pipeline
+from llmstream.store.pipeline import Pipeline, Sender
+from llmstream.store.presence import Presence
+from llmstream.store.recent import Recent
 from llmstream.store.tail import Tail
 from llmstream.store.writer import Writer
-from llmstream.types import BEGINNING, EventId
+from llmstream.types import BEGINNING, Durability, EventId
 
 
 class Log:
@@ -20,14 +22,28 @@ class Log:
     """
 
     def __init__(
-        self, writes: Pipeline, reads: Pipeline, jobs: Jobs, keys: Keys, tail: Tail, *, outage_s: float
+        self,
+        writes: Pipeline,
+        synced: Sender,
+        reads: Pipeline,
+        jobs: Jobs,
+        keys: Keys,
+        tail: Tail,
+        presence: Presence,
+        recent: Recent,
+        *,
+        outage_s: float,
     ) -> None:
-        self._writes = writes
+        self._senders: dict[Durability, Sender] = {"full": writes, "fsync": synced}
         self._reads = reads
         self._jobs = jobs
         self._keys = keys
         self._tail = tail
+        self._presence = presence
+        self._recent = recent
         self._outage_s = outage_s
+        self._writers: set[Writer] = set()
+        presence.on_rebirth.append(self._verify)
         self._channels = tail.channels
 
     def writer(self, begun: Begun) -> Writer:
@@ -36,20 +52,29 @@ class Log:
         channel = self._channels.get(job_id)
         if channel is None:
             channel = self._channels[job_id] = Channel(job_id)
-        channel.publish(begun.entry, begun.previous)
         channel.owned = channel.located = True
-        self._tail.update(channel)
-        return Writer(
-            self._writes,
+        writer = Writer(
+            self._senders[begun.job.durability],
             self._keys.log(job_id),
             channel,
             self._jobs,
-            begun.attempt,
+            self._presence,
+            self._recent,
+            begun,
             outage_s=self._outage_s,
             on_close=self._disown,
         )
+        self._tail.update(channel)
+        self._writers.add(writer)
+        return writer
 
-    def _disown(self, channel: Channel) -> None:
+    def _verify(self) -> None:
+        for writer in self._writers:
+            writer.verify()
+
+    def _disown(self, writer: Writer) -> None:
+        channel = writer.channel
+        self._writers.discard(writer)
         channel.owned = False
         self._release(channel)
         self._tail.update(channel)

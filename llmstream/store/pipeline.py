@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmstream.errors import LLMStreamError, StoreError, StoreUnavailable
 from llmstream.store.connection import LOST, Arg, Connect, Connection, Refusal, pack
+from llmstream.store.presence import Presence
 
 Command = tuple[Arg, ...]
+MakeCommand = Command | Callable[[], Command]
 Settle = Callable[[Any, Exception | None], None]
 """Called with the reply, or with the error that came instead of it."""
-_Waiting = tuple[Command | Callable[[], Command], Settle]
+_Waiting = tuple[MakeCommand, Settle]
 
 MAX_WAITING = 100_000
 MAX_BATCH = 1_000
@@ -39,48 +42,12 @@ class Script:
         self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
 
-class Pipeline:
-    """One connection to the store that carries everybody's commands in order.
+class Sender(ABC):
+    """Takes commands for the store."""
 
-    Errors: StoreUnavailable when the server cannot be reached, does not answer in time, or refuses writes for now (the
-    command may or may not have happened); StoreError when it says that the command itself is wrong.
-    """
-
-    def __init__(self, connect: Connect, timeout_s: float, name: str) -> None:
-        self._connect = connect
-        self._timeout_s = timeout_s
-        self._name = name
-        self._waiting: list[_Waiting] = []
-        self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        self._connection: Connection | None = None
-        self._closing = False
-
-    async def open(self) -> None:
-        self._task = asyncio.create_task(self._run(), name=f"store-{self._name}")
-
-    async def close(self) -> None:
-        """Sends what is waiting, within the command deadline, then closes."""
-        self._closing = True
-        self._wake.set()
-        if self._task is not None:
-            await asyncio.wait({self._task}, timeout=self._timeout_s)
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        for _, settle in self._waiting:
-            _tell(settle, None, StoreUnavailable("The store connection was closed before the command was sent."))
-        self._waiting = []
-        await self._drop()
-
-    def defer(self, command: Command | Callable[[], Command], settle: Settle) -> None:
+    @abstractmethod
+    def defer(self, command: MakeCommand, settle: Settle) -> None:
         """Queues a command, or a function that makes it at the moment of sending; ``settle`` gets the outcome."""
-        if self._closing:
-            settle(None, StoreUnavailable("The store connection is closed; this replica is shutting down."))
-        elif len(self._waiting) >= MAX_WAITING:
-            settle(None, StoreUnavailable("Too many commands wait for the store; try again later.", retry_after=1))
-        else:
-            self._waiting.append((command, settle))
-            self._wake.set()
 
     def call(self, *command: Arg) -> asyncio.Future[Any]:
         """Sends one command; the future resolves to its raw reply."""
@@ -106,6 +73,53 @@ class Pipeline:
                 raise
         return await self.call("EVAL", script.source, len(keys), *keys, *args)
 
+
+class Pipeline(Sender):
+    """One connection to the store that carries everybody's commands in order.
+
+    Errors: StoreUnavailable when the server cannot be reached, does not answer in time, or refuses writes for now (the
+    command may or may not have happened); StoreError when it says that the command itself is wrong.
+    """
+
+    def __init__(self, connect: Connect, timeout_s: float, name: str, presence: Presence | None = None) -> None:
+        self._presence = presence
+        self._connect = connect
+        self._timeout_s = timeout_s
+        self._name = name
+        self._waiting: list[_Waiting] = []
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._connection: Connection | None = None
+        self._closing = False
+        self._demoted = False
+        self.connections = 0
+        """Connections made so far."""
+
+    async def open(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"store-{self._name}")
+
+    async def close(self) -> None:
+        """Sends what is waiting, within the command deadline, then closes."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=self._timeout_s)
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for _, settle in self._waiting:
+            _tell(settle, None, StoreUnavailable("The store connection was closed before the command was sent."))
+        self._waiting = []
+        await self._drop()
+
+    def defer(self, command: MakeCommand, settle: Settle) -> None:
+        if self._closing:
+            settle(None, StoreUnavailable("The store connection is closed; this replica is shutting down."))
+        elif len(self._waiting) >= MAX_WAITING:
+            settle(None, StoreUnavailable("Too many commands wait for the store; try again later.", retry_after=1))
+        else:
+            self._waiting.append((command, settle))
+            self._wake.set()
+
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
@@ -127,7 +141,7 @@ class Pipeline:
                     for reply in await connection.receive(len(unanswered)):
                         settle = unanswered.popleft()
                         if isinstance(reply, Refusal):
-                            _tell(settle, None, _meaning(str(reply)))
+                            _tell(settle, None, self._refused(str(reply)))
                         else:
                             _tell(settle, reply, None)
         except Exception as error:
@@ -139,6 +153,7 @@ class Pipeline:
             elif not isinstance(error, LOST):
                 logger.exception("the store connection %r failed", self._name)
             lost = StoreUnavailable(f"The store does not answer ({type(error).__name__}: {error}).", retry_after=1)
+            self._note(lost)
             for settle in unanswered:
                 _tell(settle, None, lost)
         except asyncio.CancelledError:
@@ -151,11 +166,27 @@ class Pipeline:
         connection = self._connection
         if connection is None:
             connection = self._connection = self._connect()
-        elif connection.is_connected and connection.closed_by_server:
+        elif connection.is_connected and (connection.closed_by_server or self._demoted):
             await self._drop()
         if not connection.is_connected:
             await connection.connect()
+            self._demoted = False
+            self.connections += 1
+            if self._presence is not None:
+                await self._presence.greet(connection)
         return connection
+
+    def _refused(self, words: str) -> LLMStreamError:
+        error = _meaning(words)
+        if not isinstance(error, StoreError):
+            self._note(error)
+            # Behind the same address another server may be the primary by now.
+            self._demoted = self._demoted or "READONLY" in words
+        return error
+
+    def _note(self, error: StoreUnavailable) -> None:
+        if self._presence is not None:
+            self._presence.troubled(error)
 
     async def _drop(self) -> None:
         if self._connection is not None:
@@ -183,7 +214,7 @@ def _tell(settle: Settle, reply: Any, error: Exception | None) -> None:
         logger.exception("a reply of the store could not be taken in")
 
 
-def _meaning(refusal: str) -> LLMStreamError:
+def _meaning(refusal: str) -> StoreUnavailable:
     """An error reply as an error of ours."""
     if refusal.startswith("LOADING"):
         return StoreUnavailable(f"The store is loading its data ({refusal}).", retry_after=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmstream.config import SchedulerSettings, StoreSettings
-from llmstream.errors import ConfigError, LLMStreamError
+from llmstream.errors import BadRequest, ConfigError, LLMStreamError, StoreError
 from llmstream.store.connection import connector
 from llmstream.store.embedded import EmbeddedStore
 from llmstream.store.jobs import Jobs
@@ -17,32 +17,56 @@ from llmstream.store.keys import Keys
 from llmstream.store.lanes import Lanes
 from llmstream.store.log import Log
 from llmstream.store.pipeline import Pipeline
+from llmstream.store.presence import Presence, parse_info
+from llmstream.store.recent import Recent
 from llmstream.store.signals import Signals
+from llmstream.store.synced import Synced
 from llmstream.store.tail import Tail
+from llmstream.types import Durability
 
 OLDEST_REDIS = (7, 0)
 
 
 class Store:
-    """Four connections, however many clients and jobs: writes, reads, the tail of foreign logs, wake-ups."""
+    """Five connections, however many clients and jobs: writes, writes that wait for the disk (made when first needed),
+    reads, the tail of foreign logs, wake-ups.
+    """
 
     def __init__(self, url: str, settings: StoreSettings, *, embedded: EmbeddedStore | None = None) -> None:
         self.embedded = embedded
         self.keys = Keys(settings.prefix)
         self._settings = settings
         connect = connector(url, settings.timeout_s)
-        self.writes = Pipeline(connect, settings.timeout_s, "writes")
+        self.presence = Presence(self.keys.probe)
+        self.recent = Recent(self.presence)
+        self.writes = Pipeline(connect, settings.timeout_s, "writes", self.presence)
         self.reads = Pipeline(connect, settings.timeout_s, "reads")
+        self._syncs = Pipeline(connect, settings.timeout_s, "syncs", self.presence)
+        self.synced = Synced(self._syncs, settings.timeout_s, self.keys.probe)
+        self._sync_problem: str | None = None
         self.tail = Tail(connect, self.writes, self.keys)
         self.signals = Signals(connect, self.keys)
         self.jobs = Jobs(
             self.writes,
+            self.synced,
             self.keys,
+            self.presence,
+            self.recent,
             retention_s=settings.retention_s,
             unfinished_retention_s=settings.unfinished_retention_s,
             outage_s=settings.outage_s,
         )
-        self.log = Log(self.writes, self.reads, self.jobs, self.keys, self.tail, outage_s=settings.outage_s)
+        self.log = Log(
+            self.writes,
+            self.synced,
+            self.reads,
+            self.jobs,
+            self.keys,
+            self.tail,
+            self.presence,
+            self.recent,
+            outage_s=settings.outage_s,
+        )
 
     def lanes(self, pool: str, settings: SchedulerSettings) -> Lanes:
         """The queue of one pool."""
@@ -58,11 +82,14 @@ class Store:
         )
 
     async def open(self) -> None:
-        for part in (self.writes, self.reads, self.tail, self.signals):
+        for part in (self.writes, self.reads, self._syncs, self.tail, self.signals):
             await part.open()
+        self.presence.open(self.writes.call)
 
     async def close(self) -> None:
-        for part in (self.signals, self.tail, self.reads, self.writes):
+        await self.presence.close()
+        await self.recent.close()
+        for part in (self.signals, self.tail, self._syncs, self.reads, self.writes):
             await part.close()
 
     async def ping(self) -> float:
@@ -73,10 +100,36 @@ class Store:
 
     async def version(self) -> tuple[str, tuple[int, ...]]:
         """The server's name and version, for example ``("valkey", (9, 1, 2))``."""
-        info = _parse_info(await self.writes.call("INFO", "server"))
+        info = parse_info(await self.writes.call("INFO", "server"))
         name = "valkey" if "valkey_version" in info else "redis"
         number = info.get("valkey_version") or info.get("redis_version") or "0"
         return name, tuple(int(part) for part in number.split(".") if part.isdigit())
+
+    def check(self, durability: Durability) -> None:
+        """Raises BadRequest when the server cannot give what ``durability`` promises."""
+        if durability == "fsync" and self._sync_problem is not None:
+            raise BadRequest(f"durability 'fsync' {self._sync_problem}", param="durability")
+
+    async def learn(self) -> None:
+        """Finds out whether and how the server can confirm that a write is on its disk."""
+        info = parse_info(await self.writes.call("INFO", "persistence"))
+        self._sync_problem = None
+        if info.get("aof_enabled") != "1":
+            self._sync_problem = "needs a store with appendonly yes; this one has no log on its disk."
+            return
+        try:
+            await self.writes.call("WAITAOF", 0, 0, 1)
+        except StoreError as error:
+            self.synced.waits = False  # with appendfsync always the answer itself comes after the disk
+            if not await self._always_syncs():
+                self._sync_problem = f"needs Valkey, Redis 7.2 or later, or appendfsync always ({error.message})."
+
+    async def _always_syncs(self) -> bool:
+        try:
+            _, value = await self.writes.call("CONFIG", "GET", "appendfsync")
+        except StoreError:
+            return False
+        return bool(value == b"always")
 
     async def health(self) -> dict[str, Any]:
         """A quick look: status, server and time of a round trip; never raises."""
@@ -116,9 +169,9 @@ async def open_store(settings: StoreSettings, data_dir: Path) -> AsyncIterator[S
         if name == "redis" and version[:2] < OLDEST_REDIS:
             found = ".".join(map(str, version))
             raise ConfigError(f"The store is Redis {found}; llmstream needs Redis 7.0 or later, or Valkey 8 or later.")
+        await store.learn()
+        try:
+            store.check(settings.durability)
+        except BadRequest as error:
+            raise ConfigError(f"store.durability: {error.message}") from error
         yield store
-
-
-def _parse_info(raw: bytes) -> dict[str, str]:
-    lines = (line.partition(":") for line in raw.decode("utf-8", "replace").splitlines())
-    return {key: value.strip() for key, colon, value in lines if colon}

@@ -91,7 +91,10 @@ async def test_finishing_is_one_step(store: Store) -> None:
     )
     data = encode_payloads([end])
     entry = Entry(EventId(1, 1), [end], len(data))
-    assert [await store.jobs.finish(job.id, 1, entry, data) for _ in range(2)] == [True, True]
+    assert [await store.jobs.finish(store.writes, job.id, 1, entry, data, EventId(1, 0)) for _ in range(2)] == [
+        "ok",
+        "ok",
+    ]
     state = await store.jobs.get(job.id)
     assert (state.status, state.failure, state.usage, state.reason, state.finished_at) == (
         "failed",
@@ -110,7 +113,9 @@ async def test_a_finish_that_cannot_be_logged_changes_nothing(store: Store) -> N
     await begin(store, job)
     await store.writes.call("XADD", store.keys.log(job.id), "1-7", "e", encode_payloads([start()]))
     data = encode_payloads([finished()])
-    assert not await store.jobs.finish(job.id, 1, Entry(EventId(1, 1), [finished()], len(data)), data)
+    entry = Entry(EventId(1, 1), [finished()], len(data))
+    assert await store.jobs.finish(store.writes, job.id, 1, entry, data, EventId(1, 0)) == "behind"
+    assert await store.jobs.finish(store.writes, job.id, 1, entry, data, EventId(1, 7)) == "fenced"
     assert (await store.jobs.get(job.id)).status == "in_progress"
 
 
