@@ -49,6 +49,8 @@ class ServerSettings(Section):
     """Largest accepted request body."""
     ping_s: Annotated[float, Field(gt=0)] = 15.0
     """Seconds between comment lines on a silent SSE stream."""
+    retry_window_s: Annotated[float, Field(ge=0)] = 600.0
+    """For so long an SDK's automatic retry attaches to the job of the request it repeats; 0: every retry is new."""
 
     @property
     def loopback(self) -> bool:

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from llmstream.config import Settings
+from llmstream.duplicates import Duplicates, Identity
 from llmstream.errors import Conflict, NotFound, Overloaded, ShuttingDown
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
@@ -52,6 +53,9 @@ class Gateway:
         self._scheduler = scheduler
         self._clock = clock
         self._closing = False
+        self._duplicates = Duplicates(
+            store, key_s=settings.store.retention_s, retry_window_s=settings.server.retry_window_s
+        )
 
     async def submit(
         self,
@@ -61,15 +65,18 @@ class Gateway:
         priority: int = 0,
         session_id: str | None = None,
         deadline_s: float | None = None,
+        identity: Identity | None = None,
     ) -> Job:
         """Accepts a job; from here on it reaches a terminal state whatever happens to this process.
 
+        A request whose ``identity`` was accepted before is that job, which may be running or over.
+
         Raises BadRequest or ModelNotFound for what can never run, Overloaded with ``retry_after`` when the queue is
-        full, ShuttingDown, StoreUnavailable. After an error nothing is left behind.
+        full, Conflict when the identity belongs to a different request, ShuttingDown, StoreUnavailable. After an error
+        nothing is left behind.
         """
         job = await self._admit(request, principal or Principal(), priority, session_id, deadline_s)
-        await self._enqueue(job)
-        return job
+        return await self._enqueue(await self._duplicates.identify(job, identity), identity)
 
     async def start(
         self,
@@ -79,12 +86,14 @@ class Gateway:
         priority: int = 0,
         session_id: str | None = None,
         deadline_s: float | None = None,
+        identity: Identity | None = None,
     ) -> tuple[Job, Follower]:
         """Like :meth:`submit`, and follows the job from its beginning; close the follower."""
         job = await self._admit(request, principal or Principal(), priority, session_id, deadline_s)
-        follower = self._store.log.follow(job.id, newborn=True)
+        job = await self._duplicates.identify(job, identity)
+        follower = self._store.log.follow(job.id, newborn=identity is None or not identity.named)
         try:
-            await self._enqueue(job)
+            job = await self._enqueue(job, identity)
         except BaseException:
             follower.close()
             raise
@@ -193,16 +202,22 @@ class Gateway:
             expires_at=None if deadline_s is None else now + deadline_s,
         )
 
-    async def _enqueue(self, job: Job) -> None:
+    async def _enqueue(self, job: Job, identity: Identity | None = None) -> Job:
+        """Puts a job on record and in line; both may have been done before by an equal request."""
+        created = await self._store.jobs.create(job)
+        if created is None:
+            raise identity.conflict() if identity else Conflict(f"The job id {job.id!r} is taken.", param="job_id")
+        job = created.job
+        if created.status != "queued":
+            return job
         lanes = self._lanes(job.pool)
-        if not await self._store.jobs.create(job):
-            raise Conflict(f"The job id {job.id!r} is taken by a different request.", param="job_id")
         if not await lanes.push(job):
             await self._store.jobs.discard(job.id)
             raise await self._overloaded(lanes)
         if job.session_id is not None:
             await self._store.jobs.join_session(job.session_id, job)
         self._scheduler.kick(job.pool)
+        return job
 
     async def _overloaded(self, lanes: Lanes) -> Overloaded:
         census = await lanes.census()

@@ -172,6 +172,8 @@ class Job(Struct, frozen=True, omit_defaults=True):
     expires_at: float | None = None
     """Seconds since the epoch after which a job that is not finished fails; None: no such limit while it waits."""
     labels: dict[str, str] | None = None
+    fingerprint: str | None = None
+    """Digest of who asked what: the same under the same id is the same job."""
 
     @property
     def lane(self) -> Lane:

@@ -6,13 +6,15 @@ import msgspec
 from aiohttp import web
 
 from llmstream.api.body import read_json, validate
+from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
 from llmstream.api.render import NativeFormat, job_body
 from llmstream.api.schemas import ChatBody, chat_request
 from llmstream.api.sse import Waiting, position, serve
+from llmstream.duplicates import Identity
 from llmstream.errors import BadRequest, NotFound
 from llmstream.gateway import Gateway
-from llmstream.types import GenerateRequest, JobState, new_id
+from llmstream.types import GenerateRequest, Job, JobState, new_id
 
 STREAM = "stream"
 
@@ -23,14 +25,18 @@ routes = web.RouteTableDef()
 async def submit_chat(request: web.Request) -> web.Response:
     """Accepts a job and answers at once; the answer is read at ``stream_url``."""
     gateway = request.app[GATEWAY]
-    schema, generate = await _read(request, gateway)
-    session_id = schema.session_id or new_id()
-    job = await gateway.submit(generate, priority=schema.priority, session_id=session_id, deadline_s=schema.deadline_s)
-    url = request.app.router[STREAM].url_for(session_id=session_id)
-    if schema.session_id is not None:  # a session of the caller's may hold several jobs: name the one
-        url = url.with_query(task_id=job.id)
+    schema, generate, known = await _read(request, gateway)
+    job = await gateway.submit(
+        generate,
+        priority=schema.priority,
+        session_id=schema.session_id or new_id(),
+        deadline_s=schema.deadline_s,
+        identity=known,
+    )
+    url = _stream_url(request, job, named=schema.session_id is not None)
+    status = (await gateway.job(job.id)).status if known is not None and known.named else "queued"
     return web.json_response(
-        {"status": "queued", "task_id": job.id, "session_id": session_id, "stream_url": str(url)},
+        {"status": status, "task_id": job.id, "session_id": job.session_id, "stream_url": url},
         status=202,
         headers={"x-job-id": job.id},
     )
@@ -40,13 +46,15 @@ async def submit_chat(request: web.Request) -> web.Response:
 async def chat(request: web.Request) -> web.StreamResponse:
     """Answers in the same response, streamed."""
     gateway = request.app[GATEWAY]
-    schema, generate = await _read(request, gateway)
-    session_id = schema.session_id or new_id()
+    schema, generate, known = await _read(request, gateway)
     job, follower = await gateway.start(
-        generate, priority=schema.priority, session_id=session_id, deadline_s=schema.deadline_s
+        generate,
+        priority=schema.priority,
+        session_id=schema.session_id or new_id(),
+        deadline_s=schema.deadline_s,
+        identity=known,
     )
-    location = request.app.router[STREAM].url_for(session_id=session_id).with_query(task_id=job.id)
-    headers = {"x-job-id": job.id, "Location": str(location)}
+    headers = {"x-job-id": job.id, "Location": _stream_url(request, job, named=True)}
     waiting = _waiting(gateway, JobState(job))
     return await serve(request, follower, NativeFormat(), headers=headers, waiting=waiting)
 
@@ -118,13 +126,20 @@ async def jobs(request: web.Request) -> web.Response:
     return web.json_response({"object": "list", "data": rows})
 
 
-async def _read(request: web.Request, gateway: Gateway) -> tuple[ChatBody, GenerateRequest]:
+def _stream_url(request: web.Request, job: Job, *, named: bool) -> str:
+    """Where a job is read; ``named`` where its session may hold several."""
+    url = request.app.router[STREAM].url_for(session_id=job.session_id or job.id)
+    return str(url.with_query(task_id=job.id) if named else url)
+
+
+async def _read(request: web.Request, gateway: Gateway) -> tuple[ChatBody, GenerateRequest, Identity | None]:
     body = await read_json(request)
     schema = validate(ChatBody, body)
     models = gateway.models
     if schema.model is None and not models:
         raise BadRequest("No model is configured by name; say which one with 'model'.", param="model")
-    return schema, chat_request(schema, body, schema.model or models[0].name)
+    generate = chat_request(schema, body, schema.model or models[0].name)
+    return schema, generate, identity(request, schema.job_id, body)
 
 
 async def _status(gateway: Gateway, state: JobState) -> web.Response:

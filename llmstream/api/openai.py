@@ -7,6 +7,7 @@ from contextlib import aclosing
 from aiohttp import web
 
 from llmstream.api.body import read_json, validate
+from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
 from llmstream.api.render import CANCELLED, ChatFormat, chat_completion, completion_id
 from llmstream.api.schemas import ChatCompletionBody, openai_request
@@ -33,6 +34,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         priority=schema.priority,
         session_id=schema.session_id,
         deadline_s=schema.deadline_s,
+        identity=identity(request, schema.job_id, body),
     )
     headers = _headers(request, job)
     if schema.stream:

@@ -8,11 +8,29 @@ from llmstream.store.pipeline import Script
 CREATE = Script(
     "create",
     """
--- KEYS job; ARGV spec, ttl_ms. 1: created, or created before with the very same spec; 0: the id is taken.
-local spec = redis.call('HGET', KEYS[1], 'spec')
-if spec then return spec == ARGV[1] and 1 or 0 end
-redis.call('HSET', KEYS[1], 'spec', ARGV[1], 'status', 'queued', 'attempt', 0)
+-- KEYS job; ARGV spec, ttl_ms, fingerprint or ''. The record made now or, for the same request, before.
+local job = redis.call('HMGET', KEYS[1], 'spec', 'fingerprint', 'status')
+if job[1] then
+  if job[1] == ARGV[1] then return {'created', job[1], job[3]} end
+  if ARGV[3] == '' or job[2] ~= ARGV[3] then return {'taken'} end
+  if job[3] == 'queued' then redis.call('HINCRBY', KEYS[1], 'submits', 1) end
+  return {'same', job[1], job[3]}
+end
+redis.call('HSET', KEYS[1], 'spec', ARGV[1], 'status', 'queued', 'attempt', 0, 'submits', 1)
+if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'fingerprint', ARGV[3]) end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return {'created', ARGV[1], 'queued'}
+""",
+)
+
+DISCARD = Script(
+    "discard",
+    """
+-- KEYS job, log. One submission of a waiting job was refused; the record goes when all were.
+local job = redis.call('HMGET', KEYS[1], 'status', 'attempt')
+if job[1] ~= 'queued' or job[2] ~= '0' then return 0 end
+if redis.call('HINCRBY', KEYS[1], 'submits', -1) > 0 then return 0 end
+redis.call('DEL', KEYS[1], KEYS[2])
 return 1
 """,
 )

@@ -10,7 +10,7 @@ import msgspec
 
 from llmstream.errors import NotFound, StoreError, StoreUnavailable
 from llmstream.store.entry import Entry, encode_payloads
-from llmstream.store.job_scripts import BEGIN, CREATE, END, FINISH, HAND_OVER, JOIN
+from llmstream.store.job_scripts import BEGIN, CREATE, DISCARD, END, FINISH, HAND_OVER, JOIN
 from llmstream.store.keys import Keys
 from llmstream.store.pipeline import Arg, Pipeline, Script
 from llmstream.types import TERMINAL, EventId, Failure, Finished, Job, JobState, Started, Usage
@@ -24,6 +24,14 @@ class _Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     failure: Failure | None = None
     usage: Usage | None = None
     reason: str | None = None
+
+
+class Created(NamedTuple):
+    """A job on record."""
+
+    job: Job
+    """As it was first accepted, which may have been earlier and elsewhere."""
+    status: str
 
 
 class Begun(NamedTuple):
@@ -67,16 +75,22 @@ class Jobs:
         self._retention_ms = int(retention_s * 1000)
         self._unfinished_ms = int(unfinished_retention_s * 1000)
 
-    async def create(self, job: Job) -> bool:
-        """Writes a new record; repeating it changes nothing. False when the id belongs to a different job."""
-        created = await self._pipeline.run(
-            CREATE, [self._keys.job(job.id)], msgspec.json.encode(job), self._unfinished_ms
+    async def create(self, job: Job) -> Created | None:
+        """Writes a new record, or finds that of the same request: equal fingerprints under one id.
+
+        None when the id belongs to a different request.
+        """
+        reply = await self._pipeline.run(
+            CREATE, [self._keys.job(job.id)], msgspec.json.encode(job), self._unfinished_ms, job.fingerprint or ""
         )
-        return bool(created)
+        if reply[0] == b"taken":
+            return None
+        return Created(_spec_decoder.decode(reply[1]), reply[2].decode())
 
     async def discard(self, job_id: str) -> None:
-        """Removes a job that was not accepted after all."""
-        await self._pipeline.call("DEL", self._keys.job(job_id), self._keys.log(job_id))
+        """Takes back a creation that was not accepted after all. The record stays while another submission of the
+        same request may have been accepted."""
+        await self._pipeline.run(DISCARD, [self._keys.job(job_id), self._keys.log(job_id)])
 
     async def get(self, job_id: str) -> JobState:
         """Reads the record. Raises NotFound for an unknown or expired id."""

@@ -3,6 +3,7 @@
 {prefix}:{JOB}:job          hash    one job: spec, status, attempt, owner, outcome
 {prefix}:{JOB}:log          stream  its events; entry id = id of the entry's last event
 {prefix}:{s:SESSION}:jobs   zset    the jobs of a session by creation time
+{prefix}:{k:DIGEST}:job     string  what a request is known by when it comes again -> its job
 {prefix}:{q:POOL}:order     zset    waiting jobs by level and turn: the order of service inside a level
 {prefix}:{q:POOL}:ages      zset    the same jobs by level and time of arrival: how urgent a level is
 {prefix}:{q:POOL}:meta      hash    job -> level|arrival|principal|deadline|turn, while it waits or runs
@@ -53,6 +54,9 @@ class Keys:
 
     def session(self, session_id: str) -> str:
         return f"{self._prefix}:{{s:{quote(session_id, safe='')}}}:jobs"
+
+    def repeat(self, digest: str) -> str:
+        return f"{self._prefix}:{{k:{digest}}}:job"
 
     def queue(self, pool: str) -> tuple[str, ...]:
         """The keys of one pool's queue, in the order of ``QUEUE_PARTS``."""
