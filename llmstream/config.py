@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from llmstream.config_schema import Setting, plain, schema_of
 from llmstream.config_sources import build
 
+OnDisconnect = Annotated[str, Field(pattern=r"^(cancel|continue|grace|grace\([0-9]{1,5}(\.[0-9]{1,3})?s\))$")]
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
 
@@ -101,6 +102,24 @@ class SchedulerSettings(Section):
     """Remote generations one replica runs at once, over all providers."""
 
 
+class DisconnectSettings(Section):
+    streams: OnDisconnect = "grace"
+    """What becomes of an answer on ``/v1`` that nobody reads any more: ``cancel``, ``continue``, ``grace``,
+    ``grace(30s)``."""
+    jobs: OnDisconnect = "continue"
+    """The same for ``/chat`` and ``/chat/async``."""
+    grace_s: Annotated[float, Field(ge=0, le=86400)] = 30.0
+    """Seconds that ``grace`` waits for a reader to come back, and every answer for its first reader."""
+
+    def limit(self, policy: str) -> float | None:
+        """Seconds without a reader after which a job is cancelled; None: never."""
+        if policy == "continue":
+            return None
+        if policy == "cancel":
+            return 0.0
+        return self.grace_s if policy == "grace" else float(policy.removeprefix("grace(").removesuffix("s)"))
+
+
 class DeadlineSettings(Section):
     total_s: Annotated[float, Field(gt=0)] = 300.0
     """Seconds from the start of a job's first attempt to its end."""
@@ -183,6 +202,7 @@ class Settings(Section):
     store: StoreSettings = StoreSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
+    disconnect: DisconnectSettings = DisconnectSettings()
     models: dict[str, ModelSettings] = {}
     """Local models by the name clients ask for. With neither models nor providers, ``smollm2`` is served."""
     providers: dict[str, ProviderSettings] = {}

@@ -17,9 +17,11 @@ from llmstream.errors import Conflict, NotFound, Overloaded, ShuttingDown
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
 from llmstream.routing.router import Router
+from llmstream.scheduler.audience import Seat
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.follower import Follower
 from llmstream.store.lanes import Census, Lanes, Standing
+from llmstream.store.readers import NOBODY, Lease
 from llmstream.store.store import Store, open_store
 from llmstream.transcript import Transcript
 from llmstream.types import (
@@ -66,17 +68,20 @@ class Gateway:
         session_id: str | None = None,
         deadline_s: float | None = None,
         identity: Identity | None = None,
+        grace_s: float | None = None,
     ) -> Job:
         """Accepts a job; from here on it reaches a terminal state whatever happens to this process.
 
-        A request whose ``identity`` was accepted before is that job, which may be running or over.
+        A request whose ``identity`` was accepted before is that job, which may be running or over. With ``grace_s`` it
+        is cancelled once nobody has read it for so long.
 
         Raises BadRequest or ModelNotFound for what can never run, Overloaded with ``retry_after`` when the queue is
         full, Conflict when the identity belongs to a different request, ShuttingDown, StoreUnavailable. After an error
         nothing is left behind.
         """
-        job = await self._admit(request, principal or Principal(), priority, session_id, deadline_s)
-        return await self._enqueue(await self._duplicates.identify(job, identity), identity)
+        job = await self._admit(request, principal or Principal(), priority, session_id, deadline_s, grace_s)
+        job = await self._duplicates.identify(job, identity)
+        return await self._enqueue(job, identity)
 
     async def start(
         self,
@@ -87,13 +92,15 @@ class Gateway:
         session_id: str | None = None,
         deadline_s: float | None = None,
         identity: Identity | None = None,
+        grace_s: float | None = None,
     ) -> tuple[Job, Follower]:
-        """Like :meth:`submit`, and follows the job from its beginning; close the follower."""
-        job = await self._admit(request, principal or Principal(), priority, session_id, deadline_s)
+        """Like :meth:`submit`, and reads the job from its beginning; close the follower."""
+        job = await self._admit(request, principal or Principal(), priority, session_id, deadline_s, grace_s)
         job = await self._duplicates.identify(job, identity)
         follower = self._store.log.follow(job.id, newborn=identity is None or not identity.named)
+        seat = follower.seat = self._scheduler.audience.seat()
         try:
-            job = await self._enqueue(job, identity)
+            job = await self._enqueue(job, identity, seat)
         except BaseException:
             follower.close()
             raise
@@ -102,6 +109,13 @@ class Gateway:
     def follow(self, job_id: str, after: EventId = BEGINNING) -> Follower:
         """Follows a job's log from behind a position. Check with :meth:`job` that there is such a job."""
         return self._store.log.follow(job_id, after)
+
+    def read(self, job: Job, after: EventId = BEGINNING) -> Follower:
+        """Like :meth:`follow`, for a client whose leave may end the job: its seat is to be taken, and left."""
+        follower = self.follow(job.id, after)
+        seat = follower.seat = self._scheduler.audience.seat()
+        seat.bind(job, self._lanes(job.pool), counted=False)
+        return follower
 
     async def job(self, job_id: str) -> JobState:
         """The record of a job. Raises NotFound."""
@@ -185,6 +199,7 @@ class Gateway:
         priority: int,
         session_id: str | None,
         deadline_s: float | None,
+        grace_s: float | None,
     ) -> Job:
         if self._closing:
             raise ShuttingDown("This replica is shutting down; try again, another one will answer.", retry_after=1)
@@ -200,18 +215,23 @@ class Gateway:
             priority=priority,
             session_id=session_id,
             expires_at=None if deadline_s is None else now + deadline_s,
+            grace_s=grace_s,
         )
 
-    async def _enqueue(self, job: Job, identity: Identity | None = None) -> Job:
+    async def _enqueue(self, job: Job, identity: Identity | None = None, seat: Seat | None = None) -> Job:
         """Puts a job on record and in line; both may have been done before by an equal request."""
-        created = await self._store.jobs.create(job)
+        first_s = max(self.settings.disconnect.grace_s, job.grace_s or 0.0)
+        expected = Lease(NOBODY, first_s - (job.grace_s or 0.0))
+        created = await self._store.jobs.create(job, seat.lease if seat else expected)
         if created is None:
             raise identity.conflict() if identity else Conflict(f"The job id {job.id!r} is taken.", param="job_id")
         job = created.job
+        lanes = self._lanes(job.pool)
+        if seat is not None:
+            seat.bind(job, lanes, counted=True)
         if created.status != "queued":
             return job
-        lanes = self._lanes(job.pool)
-        if not await lanes.push(job):
+        if not await lanes.push(job, None if job.grace_s is None else seat.lease.seconds if seat else first_s):
             await self._store.jobs.discard(job.id)
             raise await self._overloaded(lanes)
         if job.session_id is not None:

@@ -174,6 +174,8 @@ class Job(Struct, frozen=True, omit_defaults=True):
     labels: dict[str, str] | None = None
     fingerprint: str | None = None
     """Digest of who asked what: the same under the same id is the same job."""
+    grace_s: float | None = None
+    """Seconds without any reader after which the job is cancelled; None: it goes on."""
 
     @property
     def lane(self) -> Lane:

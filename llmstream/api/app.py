@@ -9,6 +9,7 @@ from aiohttp import web
 from llmstream.api import chat, health, openai
 from llmstream.api.keys import GATEWAY, PING_S, STREAMS, Streams
 from llmstream.api.middleware import errors, on_prepare
+from llmstream.api.presence import PRESENCE, Presence
 from llmstream.config import Settings
 from llmstream.gateway import Gateway, open_gateway
 
@@ -20,6 +21,7 @@ def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.App
     """
     app = web.Application(middlewares=[errors], client_max_size=settings.server.max_body_bytes)
     app[STREAMS] = Streams()
+    app[PRESENCE] = Presence()
     app[PING_S] = settings.server.ping_s
     for family in (openai, chat, health):
         app.add_routes(family.routes)

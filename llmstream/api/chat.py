@@ -32,6 +32,7 @@ async def submit_chat(request: web.Request) -> web.Response:
         session_id=schema.session_id or new_id(),
         deadline_s=schema.deadline_s,
         identity=known,
+        grace_s=_limit(gateway, schema),
     )
     url = _stream_url(request, job, named=schema.session_id is not None)
     status = (await gateway.job(job.id)).status if known is not None and known.named else "queued"
@@ -53,6 +54,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
         session_id=schema.session_id or new_id(),
         deadline_s=schema.deadline_s,
         identity=known,
+        grace_s=_limit(gateway, schema),
     )
     headers = {"x-job-id": job.id, "Location": _stream_url(request, job, named=True)}
     waiting = _waiting(gateway, JobState(job))
@@ -78,7 +80,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
     if state.done and await gateway.exhausted(job_id, after):
         return web.Response(status=204, headers=headers)
     waiting = _waiting(gateway, state)
-    return await serve(request, gateway.follow(job_id, after), NativeFormat(), headers=headers, waiting=waiting)
+    return await serve(request, gateway.read(state.job, after), NativeFormat(), headers=headers, waiting=waiting)
 
 
 @routes.get("/chat/{task_id}")
@@ -140,6 +142,11 @@ async def _read(request: web.Request, gateway: Gateway) -> tuple[ChatBody, Gener
         raise BadRequest("No model is configured by name; say which one with 'model'.", param="model")
     generate = chat_request(schema, body, schema.model or models[0].name)
     return schema, generate, identity(request, schema.job_id, body)
+
+
+def _limit(gateway: Gateway, schema: ChatBody) -> float | None:
+    disconnect = gateway.settings.disconnect
+    return disconnect.limit(schema.on_disconnect or disconnect.jobs)
 
 
 async def _status(gateway: Gateway, state: JobState) -> web.Response:

@@ -9,6 +9,7 @@ from aiohttp import web
 from llmstream.api.body import read_json, validate
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
+from llmstream.api.presence import attended
 from llmstream.api.render import CANCELLED, ChatFormat, chat_completion, completion_id
 from llmstream.api.schemas import ChatCompletionBody, openai_request
 from llmstream.api.sse import patiently, position, serve
@@ -29,18 +30,20 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     body = await read_json(request)
     schema = validate(ChatCompletionBody, body)
+    disconnect = gateway.settings.disconnect
     job, follower = await gateway.start(
         openai_request("chat", schema, body),
         priority=schema.priority,
         session_id=schema.session_id,
         deadline_s=schema.deadline_s,
         identity=identity(request, schema.job_id, body),
+        grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),
     )
     headers = _headers(request, job)
     if schema.stream:
         return await serve(request, follower, ChatFormat(job, include_usage=schema.include_usage), headers=headers)
     with follower:
-        return await _whole(job, follower, headers)
+        return await _whole(request, job, follower, headers)
 
 
 @routes.get("/v1/chat/completions/{completion_id}", name=COMPLETION, allow_head=False)
@@ -57,9 +60,9 @@ async def get_chat_completion(request: web.Request) -> web.StreamResponse:
         if state.done and await gateway.exhausted(job_id, after):
             return web.Response(status=204, headers=headers)
         wire = ChatFormat(state.job, include_usage=_flag(request, "include_usage"))
-        return await serve(request, gateway.follow(job_id, after), wire, headers=headers)
-    with gateway.follow(job_id) as follower:
-        return await _whole(state.job, follower, headers)
+        return await serve(request, gateway.read(state.job, after), wire, headers=headers)
+    with gateway.read(state.job) as follower:
+        return await _whole(request, state.job, follower, headers)
 
 
 @routes.get("/v1/models")
@@ -79,9 +82,9 @@ async def get_model(request: web.Request) -> web.Response:
     raise ModelNotFound(f"The model {name!r} does not exist here; GET /v1/models lists what does.", param="model")
 
 
-async def _whole(job: Job, follower: Follower, headers: dict[str, str]) -> web.Response:
+async def _whole(request: web.Request, job: Job, follower: Follower, headers: dict[str, str]) -> web.Response:
     transcript = Transcript()
-    async with aclosing(patiently(follower)) as batches:
+    async with attended(request, follower), aclosing(patiently(follower)) as batches:
         async for entries in batches:
             for entry in entries:
                 for event in entry.events:

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from llmstream.config import OnDisconnect
 from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, GenerateRequest, Kind
 
 Number = StrictFloat  # takes whole numbers, too
@@ -26,7 +27,7 @@ Priority = Annotated[StrictInt, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
 JobId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 SessionId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:@-]{1,128}$")]
 
-EXTENSIONS = frozenset({"provider", "priority", "session_id", "deadline_s", "job_id"})
+EXTENSIONS = frozenset({"provider", "priority", "session_id", "deadline_s", "job_id", "on_disconnect"})
 """Fields of ours in an OpenAI body; upstreams never see them."""
 
 
@@ -71,6 +72,8 @@ class OpenAIBody(BaseModel):
     """Extension: seconds from now after which the job fails if it is not finished, waiting included."""
     job_id: JobId | None = None
     """Extension: the caller's own id; the same id is the same job."""
+    on_disconnect: OnDisconnect | None = None
+    """Extension: what becomes of the job when nobody reads it any more."""
 
     @field_validator("stream_options")
     @classmethod
@@ -107,6 +110,7 @@ class ChatBody(BaseModel):
     provider: StrictStr | None = None
     deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None
     job_id: JobId | None = None
+    on_disconnect: OnDisconnect | None = None
     max_tokens: Tokens | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
 

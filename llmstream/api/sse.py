@@ -12,6 +12,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp_sse import EventSourceResponse
 
 from llmstream.api.keys import PING_S, STREAMS
+from llmstream.api.presence import attended
 from llmstream.api.render import Format, render_entry
 from llmstream.errors import BadRequest, LLMStreamError, StoreError, StoreUnavailable
 from llmstream.store.entry import Entry
@@ -34,21 +35,11 @@ class Stream(EventSourceResponse):
 
     def __init__(self, *, ping_s: float, headers: dict[str, str]) -> None:
         super().__init__(ping_interval=ping_s, allow_all_methods=True, sep="\n", headers=headers)
-        self.abandoned = False
-        """True once a ping found that the client is gone."""
-        self._reader = asyncio.current_task()
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         if request.transport is None:
             raise ConnectionResetError("the client is gone")
         return await super().prepare(request)
-
-    async def _ping(self) -> None:
-        await super()._ping()
-        # It ends by itself only for want of a client; without a word from the model the reader would never notice.
-        self.abandoned = True
-        if self._reader is not None:
-            self._reader.cancel()
 
 
 def position(request: web.Request) -> EventId:
@@ -76,7 +67,7 @@ async def serve(
 ) -> web.StreamResponse:
     """Streams everything behind the follower's position up to the terminal event; closes the follower.
 
-    A client that goes away ends only its own stream. The job goes on.
+    A client that goes away ends its own stream; what becomes of the job is the decision of its ``on_disconnect``.
     """
     task = asyncio.current_task()
     assert task is not None
@@ -85,19 +76,16 @@ async def serve(
     response = Stream(ping_s=request.app[PING_S], headers=headers)
     try:
         with follower:
-            await response.prepare(request)
-            async with response:
-                if waiting is not None:
-                    await response.write(RETRY_FRAME)
-                    await _announce(response, follower, waiting)
-                await _pump(response, follower, wire)
-            await response.write_eof()
+            async with attended(request, follower):
+                await response.prepare(request)
+                async with response:
+                    if waiting is not None:
+                        await response.write(RETRY_FRAME)
+                        await _announce(response, follower, waiting)
+                    await _pump(response, follower, wire)
+                await response.write_eof()
     except ConnectionError:
         logger.debug("the client went away", extra={"job_id": headers.get("x-job-id")})
-    except asyncio.CancelledError:
-        if not response.abandoned or task.uncancel() > 0:
-            raise
-        logger.debug("the client went away unnoticed", extra={"job_id": headers.get("x-job-id")})
     except Exception:
         if not response.prepared:
             raise

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from llmstream.config import DeadlineSettings, SchedulerSettings
 from llmstream.errors import Fenced, NotFound, ShuttingDown, StoreUnavailable
 from llmstream.routing.router import REMOTE, Router
+from llmstream.scheduler.audience import Audience
 from llmstream.scheduler.worker import Worker
 from llmstream.store.lanes import Lanes
 from llmstream.store.store import Store
@@ -71,6 +72,7 @@ class Scheduler:
         self._tasks: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._closing = False
+        self.audience = Audience(store, replica, clock=clock, stop_job=self.stop_job)
         self.pools: dict[str, Pool] = {}
         for name, providers in router.pools.items():
             slots = settings.remote_slots if name == REMOTE else sum(provider.slots for provider in providers)
@@ -81,6 +83,7 @@ class Scheduler:
         self._store.signals.on_cancel = self.stop_job
         for pool in self.pools.values():
             await self._beat(pool)
+        await self.audience.open()
         for name, pool in self.pools.items():
             self._loops.append(asyncio.create_task(self._claim(name, pool), name=f"claim-{name}"))
             self._loops.append(asyncio.create_task(self._heartbeats(pool), name=f"heartbeat-{name}"))
@@ -99,6 +102,7 @@ class Scheduler:
             await asyncio.wait(self._tasks, timeout=HARD_STOP_S)
         await _cancel(self._tasks)
         await _cancel(self._loops)
+        await self.audience.close()
         for pool in self.pools.values():
             try:
                 await pool.lanes.leave(self.replica)
@@ -217,6 +221,7 @@ class Scheduler:
             self.stop_job(job_id)
         for job_id in pulse.overdue:
             await self._end(pool, job_id, "The job was still waiting at its deadline.", "deadline_exceeded")
+        await asyncio.gather(*(self.audience.look(job_id, pool.lanes) for job_id in pulse.unread))
         lapsed = asked - pool.last_beat > self._settings.lease_s
         pool.last_beat, pool.beats = asked, pool.beats + 1
         if pool.unsure or lapsed or pool.beats % RECONCILE_BEATS == 0:

@@ -25,6 +25,14 @@ class Reader(Protocol):
     async def end(self, job_id: str) -> EventId: ...
 
 
+class Seat(Protocol):
+    """A reader's place among those of a job that ends without readers."""
+
+    async def take(self) -> None: ...
+    async def leave(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class Follower:
     """Yields every entry behind a position once and in order, as they are logged, up to the terminal one.
 
@@ -43,6 +51,8 @@ class Follower:
         on_close: Callable[[Channel], None],
     ) -> None:
         self.position = position
+        self.seat: Seat | None = None
+        """Where somebody reads who counts; closed with the follower."""
         self._reader = reader
         self._jobs = jobs
         self._tail = tail
@@ -63,6 +73,8 @@ class Follower:
 
     def close(self) -> None:
         """Stops following; safe to call twice."""
+        if self.seat is not None:
+            self.seat.close()
         if self._on_close is not None:
             self._channel.followers -= 1
             self._on_close(self._channel)

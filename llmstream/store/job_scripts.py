@@ -5,19 +5,55 @@ from __future__ import annotations
 from llmstream.store.entry import FIELD
 from llmstream.store.pipeline import Script
 
+_READERS = """
+local function now_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+local function fmt(number) return string.format('%.0f', number) end
+-- '-' stands for the reader that a job without one may still expect.
+local function seat(job, readers, who, lease)
+  redis.call('ZADD', readers, fmt(now_ms() + lease), who)
+  if who ~= '-' then redis.call('ZREM', readers, '-') end
+  redis.call('HDEL', job, 'alone_since')
+  local ttl = lease + 60000
+  if redis.call('PTTL', readers) < ttl then redis.call('PEXPIRE', readers, fmt(ttl)) end
+end
+"""
+
+_END = """
+local attempt = tonumber(job[2]) + 1
+local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
+redis.call('XADD', KEYS[2], attempt .. '-0', 'e', ARGV[2])
+redis.call('HSET', KEYS[1], 'status', ARGV[1], 'outcome', ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+redis.call('PEXPIRE', KEYS[2], ARGV[4])
+redis.call('PUBLISH', ARGV[5], ARGV[6])
+return {'ended', ARGV[1], attempt, last[1] and last[1][1] or '0-0'}
+"""
+
 CREATE = Script(
     "create",
-    """
--- KEYS job; ARGV spec, ttl_ms, fingerprint or ''. The record made now or, for the same request, before.
+    _READERS
+    + """
+-- KEYS job, readers; ARGV spec, ttl_ms, fingerprint or '', grace_ms or '', reader, its lease_ms.
+-- The record made now or, for the same request, before.
 local job = redis.call('HMGET', KEYS[1], 'spec', 'fingerprint', 'status')
 if job[1] then
   if job[1] == ARGV[1] then return {'created', job[1], job[3]} end
   if ARGV[3] == '' or job[2] ~= ARGV[3] then return {'taken'} end
   if job[3] == 'queued' then redis.call('HINCRBY', KEYS[1], 'submits', 1) end
+  if (job[3] == 'queued' or job[3] == 'in_progress') and redis.call('HEXISTS', KEYS[1], 'grace_ms') == 1 then
+    seat(KEYS[1], KEYS[2], ARGV[5], tonumber(ARGV[6]))
+  end
   return {'same', job[1], job[3]}
 end
 redis.call('HSET', KEYS[1], 'spec', ARGV[1], 'status', 'queued', 'attempt', 0, 'submits', 1)
 if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'fingerprint', ARGV[3]) end
+if ARGV[4] ~= '' then
+  redis.call('HSET', KEYS[1], 'grace_ms', ARGV[4])
+  seat(KEYS[1], KEYS[2], ARGV[5], tonumber(ARGV[6]))
+end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return {'created', ARGV[1], 'queued'}
 """,
@@ -26,11 +62,11 @@ return {'created', ARGV[1], 'queued'}
 DISCARD = Script(
     "discard",
     """
--- KEYS job, log. One submission of a waiting job was refused; the record goes when all were.
+-- KEYS job, log, readers. One submission of a waiting job was refused; the record goes when all were.
 local job = redis.call('HMGET', KEYS[1], 'status', 'attempt')
 if job[1] ~= 'queued' or job[2] ~= '0' then return 0 end
 if redis.call('HINCRBY', KEYS[1], 'submits', -1) > 0 then return 0 end
-redis.call('DEL', KEYS[1], KEYS[2])
+redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
 return 1
 """,
 )
@@ -90,14 +126,54 @@ END = Script(
 local job = redis.call('HMGET', KEYS[1], 'status', 'attempt')
 if not job[1] then return {'gone'} end
 if job[1] ~= 'queued' and job[1] ~= 'in_progress' then return {'done', job[1]} end
-local attempt = tonumber(job[2]) + 1
-local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
-redis.call('XADD', KEYS[2], attempt .. '-0', 'e', ARGV[2])
-redis.call('HSET', KEYS[1], 'status', ARGV[1], 'outcome', ARGV[3])
-redis.call('PEXPIRE', KEYS[1], ARGV[4])
-redis.call('PEXPIRE', KEYS[2], ARGV[4])
-redis.call('PUBLISH', ARGV[5], ARGV[6])
-return {'ended', ARGV[1], attempt, last[1] and last[1][1] or '0-0'}
+"""
+    + _END,
+)
+
+ABANDON = Script(
+    "abandon",
+    _READERS
+    + """
+-- KEYS job, log, readers; ARGV as for "end". Ends a job that nobody has read for as long as it allows; otherwise tells
+-- when to look again. Deciding and ending are one step, so no reader is cut off who came before it.
+local job = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'grace_ms', 'alone_since')
+if not job[1] then return {'gone'} end
+if not job[3] or (job[1] ~= 'queued' and job[1] ~= 'in_progress') then return {'done', job[1]} end
+local now = now_ms()
+local latest = tonumber(redis.call('ZREVRANGE', KEYS[3], 0, 0, 'WITHSCORES')[2])
+if latest and latest > now then return {'kept', fmt(latest)} end
+local since = tonumber(job[4]) or latest or now
+if not job[4] then redis.call('HSET', KEYS[1], 'alone_since', fmt(since)) end
+if since + job[3] > now then return {'kept', fmt(since + job[3])} end
+"""
+    + _END,
+)
+
+JOIN_READERS = Script(
+    "join_readers",
+    _READERS
+    + """
+-- KEYS job, readers; ARGV reader, lease_ms. Also renews.
+local job = redis.call('HMGET', KEYS[1], 'status', 'grace_ms')
+if not job[2] or (job[1] ~= 'queued' and job[1] ~= 'in_progress') then return 0 end
+seat(KEYS[1], KEYS[2], ARGV[1], tonumber(ARGV[2]))
+return 1
+""",
+)
+
+LEAVE_READERS = Script(
+    "leave_readers",
+    _READERS
+    + """
+-- KEYS job, readers; ARGV reader -> when the job ends unless somebody comes; '' when somebody is there or it is over.
+local now = now_ms()
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', fmt(now))
+local job = redis.call('HMGET', KEYS[1], 'status', 'grace_ms')
+if not job[2] or (job[1] ~= 'queued' and job[1] ~= 'in_progress') then return '' end
+if redis.call('ZCARD', KEYS[2]) > 0 then return '' end
+redis.call('HSETNX', KEYS[1], 'alone_since', fmt(now))
+return fmt(now + job[2])
 """,
 )
 

@@ -10,9 +10,10 @@ import msgspec
 
 from llmstream.errors import NotFound, StoreError, StoreUnavailable
 from llmstream.store.entry import Entry, encode_payloads
-from llmstream.store.job_scripts import BEGIN, CREATE, DISCARD, END, FINISH, HAND_OVER, JOIN
+from llmstream.store.job_scripts import ABANDON, BEGIN, CREATE, DISCARD, END, FINISH, HAND_OVER, JOIN
 from llmstream.store.keys import Keys
 from llmstream.store.pipeline import Arg, Pipeline, Script
+from llmstream.store.readers import NOBODY, Lease
 from llmstream.types import TERMINAL, EventId, Failure, Finished, Job, JobState, Started, Usage
 
 _SESSION_JOBS = 100
@@ -49,6 +50,13 @@ class Begun(NamedTuple):
     """Attempts that count against the limit, this one included: all but those handed over."""
 
 
+class Kept(NamedTuple):
+    """A job that goes on, for it has readers or may still get some."""
+
+    until_ms: int
+    """When to look again."""
+
+
 class Ended(NamedTuple):
     """What became of an attempt to end a job from outside."""
 
@@ -75,13 +83,22 @@ class Jobs:
         self._retention_ms = int(retention_s * 1000)
         self._unfinished_ms = int(unfinished_retention_s * 1000)
 
-    async def create(self, job: Job) -> Created | None:
+    async def create(self, job: Job, lease: Lease | None = None) -> Created | None:
         """Writes a new record, or finds that of the same request: equal fingerprints under one id.
 
-        None when the id belongs to a different request.
+        ``lease`` is that of the first reader, for jobs that end without. None when the id belongs to a different
+        request.
         """
+        reader, seconds = lease or Lease(NOBODY, 0.0)
         reply = await self._pipeline.run(
-            CREATE, [self._keys.job(job.id)], msgspec.json.encode(job), self._unfinished_ms, job.fingerprint or ""
+            CREATE,
+            [self._keys.job(job.id), self._keys.readers(job.id)],
+            msgspec.json.encode(job),
+            self._unfinished_ms,
+            job.fingerprint or "",
+            "" if job.grace_s is None else int(job.grace_s * 1000),
+            reader,
+            int(seconds * 1000),
         )
         if reply[0] == b"taken":
             return None
@@ -90,7 +107,7 @@ class Jobs:
     async def discard(self, job_id: str) -> None:
         """Takes back a creation that was not accepted after all. The record stays while another submission of the
         same request may have been accepted."""
-        await self._pipeline.run(DISCARD, [self._keys.job(job_id), self._keys.log(job_id)])
+        await self._pipeline.run(DISCARD, self._all(job_id))
 
     async def get(self, job_id: str) -> JobState:
         """Reads the record. Raises NotFound for an unknown or expired id."""
@@ -158,22 +175,18 @@ class Jobs:
     async def end(self, job_id: str, finished: Finished) -> Ended:
         """Ends a job that may be waiting or running anywhere. Raises NotFound for an unknown id."""
         data = encode_payloads([finished])
-        reply = await self._pipeline.run(
-            END,
-            [self._keys.job(job_id), self._keys.log(job_id)],
-            finished.status,
-            data,
-            _encode_outcome(finished),
-            self._retention_ms,
-            self._keys.cancel,
-            job_id,
-        )
+        reply = await self._pipeline.run(END, self._all(job_id), *self._ending(job_id, finished, data))
         if reply[0] == b"gone":
             raise NotFound(f"There is no job {job_id!r}; it never existed or its retention time is over.")
-        if reply[0] == b"done":
-            return Ended(reply[1].decode(), None, EventId(0, 0))
-        entry = Entry(EventId(reply[2], 0), [finished], len(data))
-        return Ended(finished.status, entry, EventId.parse(reply[3]))
+        return _ended(reply, finished, data)
+
+    async def abandon(self, job_id: str, finished: Finished) -> Ended | Kept | None:
+        """Ends a job that nobody has read for as long as it allows; None for an unknown id."""
+        data = encode_payloads([finished])
+        reply = await self._pipeline.run(ABANDON, self._all(job_id), *self._ending(job_id, finished, data))
+        if reply[0] == b"gone":
+            return None
+        return Kept(int(reply[1])) if reply[0] == b"kept" else _ended(reply, finished, data)
 
     async def join_session(self, session_id: str, job: Job) -> None:
         """Notes a job as the latest of a session; a session remembers its last 100 jobs."""
@@ -184,6 +197,13 @@ class Jobs:
         """Ids of the jobs of a session, latest first; empty for an unknown session."""
         found = await self._pipeline.call("ZRANGE", self._keys.session(session_id), 0, -1, "REV")
         return [raw.decode() for raw in found]
+
+    def _all(self, job_id: str) -> list[str]:
+        return [self._keys.job(job_id), self._keys.log(job_id), self._keys.readers(job_id)]
+
+    def _ending(self, job_id: str, finished: Finished, data: bytes) -> list[Arg]:
+        outcome = _encode_outcome(finished)
+        return [finished.status, data, outcome, self._retention_ms, self._keys.cancel, job_id]
 
     async def _insist(self, script: Script, keys: list[str], *args: Arg) -> Any:
         """Runs a step that may be repeated, again and again while the store is away, for up to ``outage_s``."""
@@ -196,6 +216,13 @@ class Jobs:
                 if isinstance(error, StoreError) or loop.time() >= deadline:
                     raise
             await asyncio.sleep(RETRY_S)
+
+
+def _ended(reply: list[Any], finished: Finished, data: bytes) -> Ended:
+    if reply[0] == b"done":
+        return Ended(reply[1].decode(), None, EventId(0, 0))
+    entry = Entry(EventId(reply[2], 0), [finished], len(data))
+    return Ended(finished.status, entry, EventId.parse(reply[3]))
 
 
 def _encode_outcome(finished: Finished) -> bytes:

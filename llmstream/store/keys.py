@@ -2,6 +2,7 @@
 
 {prefix}:{JOB}:job          hash    one job: spec, status, attempt, owner, outcome
 {prefix}:{JOB}:log          stream  its events; entry id = id of the entry's last event
+{prefix}:{JOB}:readers      zset    who reads it -> end of the lease, where that decides whether it goes on
 {prefix}:{s:SESSION}:jobs   zset    the jobs of a session by creation time
 {prefix}:{k:DIGEST}:job     string  what a request is known by when it comes again -> its job
 {prefix}:{q:POOL}:order     zset    waiting jobs by level and turn: the order of service inside a level
@@ -15,6 +16,7 @@
 {prefix}:{q:POOL}:cancels   zset    recently cancelled jobs, for owners that missed the wake-up
 {prefix}:{q:POOL}:index     zset    every job of the pool by creation time, trimmed to the retention time
 {prefix}:{q:POOL}:stats     hash    measured service time
+{prefix}:{q:POOL}:unread    zset    jobs that end without readers -> when to look for these again
 {prefix}:wake               channel pool names with new work
 {prefix}:cancel             channel ids of cancelled jobs
 """
@@ -35,6 +37,7 @@ QUEUE_PARTS = (
     "cancels",
     "index",
     "stats",
+    "unread",
 )
 
 
@@ -51,6 +54,9 @@ class Keys:
 
     def log(self, job_id: str) -> str:
         return f"{self._prefix}:{{{job_id}}}:log"
+
+    def readers(self, job_id: str) -> str:
+        return f"{self._prefix}:{{{job_id}}}:readers"
 
     def session(self, session_id: str) -> str:
         return f"{self._prefix}:{{s:{quote(session_id, safe='')}}}:jobs"

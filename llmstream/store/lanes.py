@@ -57,7 +57,8 @@ _PUSH = Script(
     "push",
     _PRELUDE
     + """
--- ARGV id, level, principal, max waiting, ttl_ms, deadline_ms or '', retention_ms, wake channel, pool
+-- ARGV id, level, principal, max waiting, ttl_ms, deadline_ms or '', retention_ms, wake channel, pool,
+-- look for readers after (ms) or ''
 local id, level, who = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 if redis.call('HEXISTS', meta, id) == 1 then return {1} end
 local waiting = redis.call('ZCARD', order)
@@ -71,6 +72,7 @@ redis.call('ZADD', order, fmt(level * B + turn), id)
 redis.call('ZADD', ages, fmt(level * B + now), id)
 redis.call('HSET', meta, id, level .. '|' .. fmt(now) .. '|' .. who .. '|' .. ARGV[6] .. '|' .. fmt(turn))
 if ARGV[6] ~= '' then redis.call('ZADD', deadlines, ARGV[6], id) end
+if ARGV[10] ~= '' then redis.call('ZADD', unread, fmt(now + ARGV[10]), id) end
 redis.call('ZADD', index, fmt(now), id)
 redis.call('ZREMRANGEBYSCORE', index, '-inf', fmt(now - ARGV[7]))
 keep(ARGV[5])
@@ -129,6 +131,7 @@ local part = split(claim)
 if part[1] ~= ARGV[2] then return 0 end
 redis.call('HDEL', claims, ARGV[1])
 redis.call('HDEL', meta, ARGV[1])
+redis.call('ZREM', unread, ARGV[1])
 local took = now_ms() - part[2]
 local mean = tonumber(redis.call('HGET', stats, 'service_ms') or took)
 redis.call('HSET', stats, 'service_ms', string.format('%.3f', mean + (took - mean) * 0.1))
@@ -161,6 +164,7 @@ local now = now_ms()
 redis.call('ZADD', cancels, fmt(now), ARGV[1])
 redis.call('ZREMRANGEBYSCORE', cancels, '-inf', fmt(now - 60000))
 redis.call('PEXPIRE', cancels, ARGV[2])
+redis.call('ZREM', unread, ARGV[1])
 if redis.call('HEXISTS', claims, ARGV[1]) == 1 then return 0 end
 forget_waiting(ARGV[1])
 return redis.call('HDEL', meta, ARGV[1])
@@ -171,7 +175,7 @@ _HEARTBEAT = Script(
     "heartbeat",
     _PRELUDE
     + """
--- ARGV replica, slots, lease_ms, ttl_ms, cancelled since (ms) -> now, taken back, overdue, cancelled
+-- ARGV replica, slots, lease_ms, ttl_ms, cancelled since (ms) -> now, taken back, overdue, cancelled, unread
 local now = now_ms()
 local own = redis.call('ZSCORE', replicas, ARGV[1])
 -- Our own lease lapsed too: the store was away, or we were. Everybody gets the time to come back.
@@ -194,7 +198,10 @@ end
 keep(ARGV[4])
 local overdue = redis.call('ZRANGEBYSCORE', deadlines, '-inf', fmt(now), 'LIMIT', 0, 100)
 local cancelled = redis.call('ZRANGEBYSCORE', cancels, ARGV[5], '+inf')
-return {fmt(now), taken, overdue, cancelled}
+local lonely = redis.call('ZRANGEBYSCORE', unread, '-inf', fmt(now), 'LIMIT', 0, 100)
+-- One replica looks at a time; should it die meanwhile, the next does.
+for _, id in ipairs(lonely) do redis.call('ZADD', unread, fmt(now + ARGV[3]), id) end
+return {fmt(now), taken, overdue, cancelled, lonely}
 """,
 )
 
@@ -279,6 +286,8 @@ class Pulse(NamedTuple):
     overdue: list[str]
     """Waiting jobs whose own deadline has passed."""
     cancelled: list[str]
+    unread: list[str]
+    """Jobs for whose readers it is time to look."""
 
 
 class Census(NamedTuple):
@@ -316,8 +325,11 @@ class Lanes:
         self._ttl_ms = int(ttl_s * 1000)
         self._retention_ms = int(max(retention_s, ttl_s) * 1000)
 
-    async def push(self, job: Job) -> bool:
-        """Puts an accepted job in line; repeating it changes nothing. False when the queue is full."""
+    async def push(self, job: Job, unread_s: float | None = None) -> bool:
+        """Puts an accepted job in line; repeating it changes nothing. False when the queue is full.
+
+        After ``unread_s`` a heartbeat brings the job back to look for its readers.
+        """
         reply = await self._pipeline.run(
             _PUSH,
             self._keys,
@@ -330,8 +342,17 @@ class Lanes:
             self._retention_ms,
             self._wake,
             self.pool,
+            "" if unread_s is None else int(unread_s * 1000),
         )
         return bool(reply[0])
+
+    async def look_again(self, job_id: str, at_ms: int) -> None:
+        """Sets when to look next for the readers of a job that is not over."""
+        await self._pipeline.call("ZADD", self._key("unread"), "XX", at_ms, job_id)
+
+    async def look_no_more(self, job_id: str) -> None:
+        """The job is over, or goes on without readers."""
+        await self._pipeline.call("ZREM", self._key("unread"), job_id)
 
     async def claim(self, replica: str, count: int) -> list[str]:
         """Takes up to ``count`` jobs, most urgent first."""
@@ -354,10 +375,10 @@ class Lanes:
 
     async def heartbeat(self, replica: str, slots: int, lease_s: float, cancelled_since_ms: int) -> Pulse:
         """Renews the lease of all claims of a replica and takes back those of lapsed ones."""
-        now, taken, overdue, cancelled = await self._pipeline.run(
+        now, taken, *found = await self._pipeline.run(
             _HEARTBEAT, self._keys, replica, slots, int(lease_s * 1000), self._ttl_ms, cancelled_since_ms
         )
-        return Pulse(int(now), taken, [raw.decode() for raw in overdue], [raw.decode() for raw in cancelled])
+        return Pulse(int(now), taken, *([raw.decode() for raw in ids] for ids in found))
 
     async def leave(self, replica: str) -> None:
         """Ends a replica's lease at once."""
@@ -365,7 +386,7 @@ class Lanes:
 
     async def claimed_by(self, replica: str) -> set[str]:
         """Ids of the jobs that a replica holds according to the store."""
-        flat: list[bytes] = await self._pipeline.call("HGETALL", self._keys[QUEUE_PARTS.index("claims")])
+        flat: list[bytes] = await self._pipeline.call("HGETALL", self._key("claims"))
         own = f"{replica}|".encode()
         return {job.decode() for job, claim in zip(flat[::2], flat[1::2], strict=True) if claim.startswith(own)}
 
@@ -389,10 +410,11 @@ class Lanes:
 
     async def recent(self, limit: int) -> list[str]:
         """Ids of the pool's jobs, newest first."""
-        found: list[Any] = await self._pipeline.call(
-            "ZRANGE", self._keys[QUEUE_PARTS.index("index")], 0, limit - 1, "REV"
-        )
+        found: list[Any] = await self._pipeline.call("ZRANGE", self._key("index"), 0, limit - 1, "REV")
         return [raw.decode() for raw in found]
+
+    def _key(self, part: str) -> str:
+        return self._keys[QUEUE_PARTS.index(part)]
 
 
 def _seconds(mean_ms: bytes) -> float | None:

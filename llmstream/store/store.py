@@ -17,6 +17,7 @@ from llmstream.store.keys import Keys
 from llmstream.store.lanes import Lanes
 from llmstream.store.log import Log
 from llmstream.store.pipeline import Pipeline
+from llmstream.store.readers import Readers
 from llmstream.store.repeats import Repeats
 from llmstream.store.signals import Signals
 from llmstream.store.tail import Tail
@@ -43,6 +44,7 @@ class Store:
             unfinished_retention_s=settings.unfinished_retention_s,
             outage_s=settings.outage_s,
         )
+        self.readers = Readers(self.writes, self.keys)
         self.repeats = Repeats(self.writes, self.keys)
         self.log = Log(self.writes, self.reads, self.jobs, self.keys, self.tail, outage_s=settings.outage_s)
 

@@ -118,7 +118,7 @@ async def test_a_refusal_does_not_burn_the_name(tmp_path: Path, by: str) -> None
         running = await submit(http, echo={"fault": "stall", "tokens": 2, "at": 1})
 
         async def claimed() -> bool:
-            return (await status(http, running["task_id"]))["status"] == "in_progress"
+            return bool((await status(http, running["task_id"]))["status"] == "in_progress")
 
         await wait_until(claimed)
         waiting = await submit(http)
