@@ -107,12 +107,21 @@ def _add_chat(commands: Commands, client: argparse.ArgumentParser) -> None:
 def _add_jobs(commands: Commands, client: argparse.ArgumentParser) -> None:
     jobs = commands.add_parser("jobs", parents=[client], help="list the latest jobs, or show one")
     jobs.add_argument("id", nargs="?", help="show this job")
+    jobs.add_argument("--dead", action="store_true", help="list those that failed after all their attempts")
     jobs.add_argument("--limit", type=int, default=20, help="how many to list (20)")
     jobs.add_argument("--json", action="store_true", help="print JSON")
     jobs.set_defaults(command="jobs:run")
     cancel = commands.add_parser("cancel", parents=[client], help="end jobs that wait or run")
     cancel.add_argument("ids", nargs="+", metavar="ID")
     cancel.set_defaults(command="jobs:cancel")
+    requeue = commands.add_parser(
+        "requeue",
+        parents=[client],
+        help="run failed or cancelled jobs once more",
+        description="Makes a new job of each, which goes on where the old one stopped, and prints both ids.",
+    )
+    requeue.add_argument("ids", nargs="+", metavar="ID")
+    requeue.set_defaults(command="jobs:requeue")
 
 
 def _add_models(commands: Commands, client: argparse.ArgumentParser) -> None:

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+from msgspec.structs import replace
+
 from llmstream.config import Settings
 from llmstream.duplicates import Duplicates, Identity
 from llmstream.errors import Conflict, NotFound, Overloaded, ShuttingDown
@@ -22,6 +24,7 @@ from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.follower import Follower
 from llmstream.store.lanes import Census, Lanes, Standing
 from llmstream.store.readers import NOBODY, Lease
+from llmstream.store.repeats import digest
 from llmstream.store.store import Store, open_store
 from llmstream.transcript import Transcript
 from llmstream.types import (
@@ -148,6 +151,31 @@ class Gateway:
         # Also when it had ended before: the answer to an earlier call may have been lost half-way.
         await self._lanes(state.job.pool).remove(job_id)
         return state
+
+    async def requeue(self, job_id: str) -> Job:
+        """Runs a failed or cancelled job once more: as a new job, for the old one's log has its end, and every reader
+        has seen it. The new one begins with the old one's answer where that can be continued. Repeating it is fine.
+
+        Raises NotFound, Conflict for a job that did not fail, and what :meth:`submit` raises.
+        """
+        state = await self.job(job_id)
+        if state.status not in {"failed", "cancelled"}:
+            raise Conflict(f"Job {job_id!r} is {state.status}; only failed and cancelled jobs can be requeued.")
+        old = state.job
+        deadline_s = None if old.expires_at is None else old.expires_at - old.created_at
+        principal = Principal(id=old.principal)
+        job = await self._admit(old.request, principal, old.priority, old.session_id, deadline_s, None)
+        name = digest("requeue", old.id)
+        new_id = await self._store.repeats.point(name, job.id, self.settings.store.retention_s)
+        job = await self._enqueue(replace(job, id=new_id, fingerprint=name, continues=old.id))
+        await self._lanes(old.pool).revive(old.id)
+        return job
+
+    async def dead(self, limit: int = 50) -> list[JobState]:
+        """Jobs of all pools this replica knows that failed after all their attempts, latest first."""
+        found = [job_id for pool in self._scheduler.pools.values() for job_id in await pool.lanes.dead(limit)]
+        states = await self._store.jobs.find_all(found)
+        return sorted(states, key=lambda state: state.finished_at or 0.0, reverse=True)[:limit]
 
     async def latest_job(self, session_id: str) -> str:
         """Id of the latest job of a session; a job without a session is a session of its own. Raises NotFound."""

@@ -82,6 +82,8 @@ class Failure(Struct, frozen=True, omit_defaults=True):
     code: str | None = None
     param: str | None = None
     status: int = 500
+    retryable: bool = False
+    """Whether the same request may succeed at another time."""
 
 
 class Started(Struct, frozen=True, tag="started", omit_defaults=True):
@@ -176,6 +178,8 @@ class Job(Struct, frozen=True, omit_defaults=True):
     """Digest of who asked what: the same under the same id is the same job."""
     grace_s: float | None = None
     """Seconds without any reader after which the job is cancelled; None: it goes on."""
+    continues: str | None = None
+    """The job that this one was requeued from: its answer goes on where that one stopped."""
 
     @property
     def lane(self) -> Lane:
@@ -198,6 +202,11 @@ class JobState(Struct, frozen=True, omit_defaults=True):
     @property
     def done(self) -> bool:
         return self.status in TERMINAL
+
+    @property
+    def dead(self) -> bool:
+        """Whether it failed for want of attempts, so that more of them may help."""
+        return self.status == "failed" and self.failure is not None and self.failure.retryable
 
 
 class ModelInfo(Struct, frozen=True, omit_defaults=True):

@@ -34,7 +34,7 @@ async def submit_chat(request: web.Request) -> web.Response:
         identity=known,
         grace_s=_limit(gateway, schema),
     )
-    url = _stream_url(request, job, named=schema.session_id is not None)
+    url = stream_url(request, job, named=schema.session_id is not None)
     status = (await gateway.job(job.id)).status if known is not None and known.named else "queued"
     return web.json_response(
         {"status": status, "task_id": job.id, "session_id": job.session_id, "stream_url": url},
@@ -56,7 +56,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
         identity=known,
         grace_s=_limit(gateway, schema),
     )
-    headers = {"x-job-id": job.id, "Location": _stream_url(request, job, named=True)}
+    headers = {"x-job-id": job.id, "Location": stream_url(request, job, named=True)}
     waiting = _waiting(gateway, JobState(job))
     return await serve(request, follower, NativeFormat(), headers=headers, waiting=waiting)
 
@@ -99,36 +99,7 @@ async def cancel(request: web.Request) -> web.Response:
     return await _status(gateway, await gateway.cancel(request.match_info["task_id"]))
 
 
-@routes.get("/jobs")
-async def jobs(request: web.Request) -> web.Response:
-    """The latest jobs, newest first, without their text."""
-    try:
-        limit = int(request.query.get("limit", "50"))
-    except ValueError:
-        limit = 0
-    if not 1 <= limit <= 500:
-        raise BadRequest("limit must be a number from 1 to 500.", param="limit")
-    states = await request.app[GATEWAY].recent(limit)
-    rows = [
-        {
-            "task_id": state.job.id,
-            "session_id": state.job.session_id,
-            "status": state.status,
-            "model": state.job.request.model,
-            "priority": state.job.priority,
-            "lane": state.job.lane,
-            "attempt": state.attempt,
-            "replica": state.replica,
-            "created_at": state.job.created_at,
-            "started_at": state.started_at,
-            "finished_at": state.finished_at,
-        }
-        for state in states
-    ]
-    return web.json_response({"object": "list", "data": rows})
-
-
-def _stream_url(request: web.Request, job: Job, *, named: bool) -> str:
+def stream_url(request: web.Request, job: Job, *, named: bool) -> str:
     """Where a job is read; ``named`` where its session may hold several."""
     url = request.app.router[STREAM].url_for(session_id=job.session_id or job.id)
     return str(url.with_query(task_id=job.id) if named else url)

@@ -203,6 +203,7 @@ def job_body(state: JobState, transcript: Transcript) -> dict[str, Any]:
         "priority": job.priority,
         "lane": job.lane,
         "attempt": state.attempt,
+        "continues": job.continues,
         "text": transcript.text,
         "finish_reason": transcript.finish_reason or state.reason,
         "usage": usage_body(usage) if usage else None,

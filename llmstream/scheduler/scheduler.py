@@ -185,10 +185,10 @@ class Scheduler:
             logger.exception("the job broke the worker", extra={"job_id": worker.job_id})
             await self._end(pool, worker.job_id, "Something went wrong inside llmstream; its log has the details.")
             result = "done"
-        if result == "done":
-            await pool.lanes.settle(worker.job_id, self.replica)
-        else:
+        if result == "release":
             await pool.lanes.release(worker.job_id, self.replica)
+        else:
+            await pool.lanes.settle(worker.job_id, self.replica, dead=result == "dead")
 
     async def _end(self, pool: Pool, job_id: str, message: str, code: str | None = None) -> None:
         failure = Failure(message=message, code=code, status=504 if code == "deadline_exceeded" else 500)

@@ -38,8 +38,8 @@ from llmstream.types import (
     Usage,
 )
 
-Result = Literal["done", "release"]
-"""What becomes of the claim: the job needs no more work, or somebody else shall go on."""
+Result = Literal["done", "dead", "release"]
+"""What becomes of the claim: the job needs no more work, or was given up, or somebody else shall go on."""
 
 FLUSH_S = 2.0
 BACKOFF_S = 0.2
@@ -93,10 +93,11 @@ class Worker:
             started = Started(replica=self._replica, at=self._clock())
             begun = await self._jobs.begin(self.job_id, started, self._max_attempts)
             if begun == "done":
-                return "done"
+                # Whoever ended it may have died before the claim was settled.
+                return await self._over()
             if begun == "exhausted":
                 await self._give_up()
-                return "done"
+                return await self._over()
             self._begun = begun
             writer = self._log.writer(begun)
             writer.on_lost = self.interrupt
@@ -155,13 +156,21 @@ class Worker:
             logger.exception("the provider broke", extra={"job_id": self.job_id})
             finished = self._failed(LLMStreamError("Something went wrong inside llmstream; its log has the details."))
         await writer.finish(finished)
-        return "done"
+        return "dead" if finished.failure is not None and finished.failure.retryable else "done"
+
+    async def _over(self) -> Result:
+        state = await self._jobs.find(self.job_id)
+        return "dead" if state is not None and state.dead else "done"
 
     async def _generate(self, begun: Begun, writer: Writer) -> Finished:
         request = begun.job.request
         provider = self._router.target(request).provider
         self._got_token, self._silent_since = False, asyncio.get_running_loop().time()
         transcript = await self._history(begun)
+        if begun.attempt > 1 and begun.previous == BEGINNING:
+            writer.append(Restart("the store lost what the earlier attempts wrote"), _EVENT_BYTES)
+        if begun.job.continues is not None and (transcript is None or transcript.empty):
+            transcript = await self._inherit(begun.job.continues, begun.job, provider, writer)
         so_far: Transcript | None = None
         if transcript is not None and not transcript.empty:
             if self._complete(transcript, begun.job):
@@ -170,8 +179,6 @@ class Worker:
                 so_far = transcript
             else:
                 writer.append(Restart("the earlier attempt cannot be continued"), _EVENT_BYTES)
-        elif begun.attempt > 1 and begun.previous == BEGINNING:
-            writer.append(Restart("the store lost what the earlier attempts wrote"), _EVENT_BYTES)
         self._continuable = provider.can_continue(request, so_far or _BARELY_BEGUN)
         return await self._stream(provider, begun.job, so_far, writer)
 
@@ -209,6 +216,25 @@ class Worker:
                 for event in entry.events:
                     if event.id < begun.entry.last:
                         transcript.add(event)
+        return transcript
+
+    async def _inherit(self, old_id: str, job: Job, provider: Provider, writer: Writer) -> Transcript | None:
+        """Copies the answer of the job that this one was requeued from, as far as it can be continued."""
+        transcript = Transcript()
+        deltas: list[Delta] = []
+        while entries := await self._log.read(old_id, transcript.position):
+            for event in (event for entry in entries for event in entry.events):
+                transcript.add(event)
+                if isinstance(event.data, Restart):
+                    deltas.clear()
+                elif isinstance(event.data, Delta):
+                    deltas.append(event.data)
+        may_go_on = transcript.continuable and provider.can_continue(job.request, transcript)
+        if not may_go_on and not self._complete(transcript, job):
+            return None
+        for delta in deltas:
+            writer.append(delta, len(delta.text) + _EVENT_BYTES)
+        await writer.flush()
         return transcript
 
     @staticmethod
@@ -263,6 +289,7 @@ class Worker:
         failure = Failure(
             message=f"The job was tried {self._max_attempts} times and did not finish; what it produced is kept.",
             code="attempts_exhausted",
+            retryable=True,
         )
         ended = await self._jobs.end(self.job_id, Finished(status="failed", at=self._clock(), failure=failure))
         self._log.note_end(self.job_id, ended)

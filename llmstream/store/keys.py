@@ -17,6 +17,7 @@
 {prefix}:{q:POOL}:index     zset    every job of the pool by creation time, trimmed to the retention time
 {prefix}:{q:POOL}:stats     hash    measured service time
 {prefix}:{q:POOL}:unread    zset    jobs that end without readers -> when to look for these again
+{prefix}:{q:POOL}:dead      zset    jobs that failed after all their attempts, by the time of it
 {prefix}:wake               channel pool names with new work
 {prefix}:cancel             channel ids of cancelled jobs
 """
@@ -38,6 +39,7 @@ QUEUE_PARTS = (
     "index",
     "stats",
     "unread",
+    "dead",
 )
 
 

@@ -17,6 +17,8 @@ from llmstream.store.keys import QUEUE_PARTS, Keys
 from llmstream.store.pipeline import Pipeline, Script
 from llmstream.types import LANES, MAX_PRIORITY, Job, Lane, lane_of
 
+DEAD_LETTERS = 1000
+"""How many are kept for each pool."""
 _NAMES = "\n".join(f"local {name} = KEYS[{index}]" for index, name in enumerate(QUEUE_PARTS, 1))
 _PRELUDE = (
     _NAMES
@@ -124,7 +126,8 @@ _SETTLE = Script(
     "settle",
     _PRELUDE
     + """
--- ARGV id, replica, ttl_ms. The job needs no more work; its service time goes into the measured rate.
+-- ARGV id, replica, ttl_ms, 1 for a dead letter, retention_ms, dead letters kept.
+-- The job needs no more work; its service time goes into the measured rate.
 local claim = redis.call('HGET', claims, ARGV[1])
 if not claim then return 0 end
 local part = split(claim)
@@ -132,7 +135,14 @@ if part[1] ~= ARGV[2] then return 0 end
 redis.call('HDEL', claims, ARGV[1])
 redis.call('HDEL', meta, ARGV[1])
 redis.call('ZREM', unread, ARGV[1])
-local took = now_ms() - part[2]
+local now = now_ms()
+if ARGV[4] == '1' then
+  redis.call('ZADD', dead, fmt(now), ARGV[1])
+  redis.call('ZREMRANGEBYSCORE', dead, '-inf', fmt(now - ARGV[5]))
+  redis.call('ZREMRANGEBYRANK', dead, 0, -ARGV[6] - 1)
+  redis.call('PEXPIRE', dead, ARGV[5])
+end
+local took = now - part[2]
 local mean = tonumber(redis.call('HGET', stats, 'service_ms') or took)
 redis.call('HSET', stats, 'service_ms', string.format('%.3f', mean + (took - mean) * 0.1))
 redis.call('HINCRBY', stats, 'served', 1)
@@ -361,9 +371,20 @@ class Lanes:
         )
         return [raw.decode() for raw in found]
 
-    async def settle(self, job_id: str, replica: str) -> None:
-        """Gives back the claim of a job that needs no more work."""
-        await self._pipeline.run(_SETTLE, self._keys, job_id, replica, self._ttl_ms)
+    async def settle(self, job_id: str, replica: str, *, dead: bool = False) -> None:
+        """Gives back the claim of a job that needs no more work; ``dead`` notes it as one that may be requeued."""
+        await self._pipeline.run(
+            _SETTLE, self._keys, job_id, replica, self._ttl_ms, int(dead), self._retention_ms, DEAD_LETTERS
+        )
+
+    async def dead(self, limit: int) -> list[str]:
+        """Ids of the jobs that failed after all their attempts, latest first."""
+        found: list[bytes] = await self._pipeline.call("ZRANGE", self._key("dead"), 0, limit - 1, "REV")
+        return [raw.decode() for raw in found]
+
+    async def revive(self, job_id: str) -> None:
+        """Takes a job that was requeued off the list of dead letters."""
+        await self._pipeline.call("ZREM", self._key("dead"), job_id)
 
     async def release(self, job_id: str, replica: str) -> None:
         """Hands a claimed job to whoever claims next; it goes to the front of its level."""

@@ -104,7 +104,7 @@ async def test_a_fault_that_stays_fails_the_job(store: Store, fault: str, attemp
     """A fault that never passes ends in ``failed`` with its code, after all attempts where trying again can help; what
     was produced is kept."""
     job = await submit(store, tokens=LENGTH, fault=fault, at=at)
-    assert await make_worker(store, job).run() == "done"
+    assert await make_worker(store, job).run() == ("dead" if attempts == 3 else "done")
     log, end = await ending(store, job)
     assert end.failure is not None
     assert (end.status, end.failure.code, attempts_in(log), text_of(log)) == ("failed", code, attempts, tokens(at))
@@ -289,9 +289,11 @@ async def test_a_provider_that_breaks(store: Store, error: BaseException) -> Non
         raise error
 
     job = await submit(store)
-    assert await make_worker(store, job, Scripted(generate), max_attempts=1).run() == "done"
+    result = await make_worker(store, job, Scripted(generate), max_attempts=1).run()
     log, end = await ending(store, job)
     assert (text_of(log), end.status) == ("part", "failed")
+    assert end.failure is not None
+    assert result == ("dead" if end.failure.retryable else "done")
 
 
 async def test_a_stream_without_an_end_is_not_completed(store: Store) -> None:
@@ -315,7 +317,7 @@ async def test_exhausted_attempts_keep_the_partial_output(store: Store) -> None:
         writer.append(Delta(text=word), 4)
         await writer.flush()
         writer.close()
-    assert await make_worker(store, job, max_attempts=2).run() == "done"
+    assert await make_worker(store, job, max_attempts=2).run() == "dead"
     log, end = await ending(store, job)
     assert end.failure is not None
     assert (end.failure.code, text_of(log)) == ("attempts_exhausted", "one two ")
