@@ -37,6 +37,7 @@ class Service:
             "models.echo.slots": 1,
             "models.echo.delay_ms": 15,
             "scheduler.lease_s": 0.5,
+            "store.sync": "always",  # with everysec a slow fsync may hold back what was acknowledged
             "server.shutdown_grace_s": 10,
         }
         flags = [word for key, value in words.items() for word in ("--set", f"{key}={value}")]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
+from llmstream.config import StoreSettings
 from llmstream.errors import Fenced, StoreUnavailable
-from llmstream.store.store import Store
+from llmstream.store.store import Store, open_store
 from llmstream.types import EventId, Finished, Started
+from tests.conftest import assert_every_key_expires
 from tests.logs import begin, drain, finished, new_job, open_writer, say, stored, text_of
 from tests.proxy import distant
 from tests.waiting import wait_until
@@ -134,8 +138,17 @@ async def test_a_finish_whose_answer_was_lost_is_done(store: Store) -> None:
         writer.close()
 
 
-async def test_a_killed_store_loses_and_doubles_nothing(store: Store) -> None:
+@pytest.fixture
+async def careful(tmp_path: Path) -> AsyncIterator[Store]:
+    """A store that is on disk before it answers: with ``everysec`` a slow fsync may hold back what was acknowledged."""
+    async with open_store(StoreSettings(sync="always"), tmp_path) as store:
+        yield store
+        await assert_every_key_expires(store)
+
+
+async def test_a_killed_store_loses_and_doubles_nothing(careful: Store) -> None:
     """Appends held while the store is killed and started again go in under the same ids; followers see the log."""
+    store = careful
     assert store.embedded is not None
     job = await new_job(store)
     follower = asyncio.create_task(drain(store.log.follow(job.id, newborn=True)))
@@ -145,7 +158,6 @@ async def test_a_killed_store_loses_and_doubles_nothing(store: Store) -> None:
         if number in (100, 200):
             await writer.flush()
             restarts = store.embedded.restarts
-            # What was acknowledged is in the server's hands; AOF everysec has written it to the kernel.
             assert store.embedded.pid is not None
             os.kill(store.embedded.pid, signal.SIGKILL)
             say(writer, "hole ")
