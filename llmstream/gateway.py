@@ -102,26 +102,21 @@ class Gateway:
     async def transcript(self, job_id: str) -> Transcript:
         """The answer so far, read from the log."""
         transcript = Transcript()
-        while entries := await self._store.log.read(job_id, transcript.position):
-            for entry in entries:
-                for event in entry.events:
-                    transcript.add(event)
+        async for event in self._store.log.events(job_id):
+            transcript.add(event)
         return transcript
 
     async def last_restart(self, job_id: str) -> EventId | None:
         """Where the answer last started over; None when it never did."""
         found: EventId | None = None
-        position = BEGINNING
-        while entries := await self._store.log.read(job_id, position):
-            position = entries[-1].last
-            for entry in entries:
-                found = next((event.id for event in entry.events if isinstance(event.data, Restart)), found)
+        async for event in self._store.log.events(job_id):
+            if isinstance(event.data, Restart):
+                found = event.id
         return found
 
-    async def exhausted(self, job_id: str, after: EventId) -> bool:
+    async def exhausted(self, state: JobState, after: EventId) -> bool:
         """True when the job is over and its log holds nothing behind ``after``."""
-        state = await self.job(job_id)
-        return state.done and not await self._store.log.read(job_id, after, 1)
+        return state.done and not await self._store.log.read(state.job.id, after, 1)
 
     async def standing(self, state: JobState) -> Standing:
         """Position in the queue and the time until its turn comes."""

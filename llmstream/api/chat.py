@@ -67,7 +67,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
         raise NotFound(f"Session {session_id!r} has no job {job_id!r}.")
     after = position(request)
     headers = {"x-job-id": job_id}
-    if state.done and await gateway.exhausted(job_id, after):
+    if await gateway.exhausted(state, after):
         return web.Response(status=204, headers=headers)
     waiting = _waiting(gateway, state)
     return await serve(request, gateway.follow(job_id, after), NativeFormat(), headers=headers, waiting=waiting)

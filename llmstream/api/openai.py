@@ -52,7 +52,7 @@ async def get_chat_completion(request: web.Request) -> web.StreamResponse:
     headers = _headers(request, state.job)
     if _flag(request, "stream"):
         after = position(request)
-        if state.done and await gateway.exhausted(job_id, after):
+        if await gateway.exhausted(state, after):
             return web.Response(status=204, headers=headers)
         restart = await gateway.last_restart(job_id) if state.attempt > 1 and after == BEGINNING else None
         if restart is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 from llmstream.store.channel import Channel
 from llmstream.store.entry import Entry, decode_entry
 from llmstream.store.follower import PAGE, Follower
@@ -10,7 +12,7 @@ from llmstream.store.keys import Keys
 from llmstream.store.pipeline import Pipeline
 from llmstream.store.tail import Tail
 from llmstream.store.writer import Writer
-from llmstream.types import BEGINNING, EventId
+from llmstream.types import BEGINNING, Event, EventId
 
 
 class Log:
@@ -70,6 +72,15 @@ class Log:
         """The last event of a log; ``BEGINNING`` while there is none."""
         raw = await self._reads.call("XREVRANGE", self._keys.log(job_id), "+", "-", "COUNT", 1)
         return EventId.parse(raw[0][0]) if raw else BEGINNING
+
+    async def events(self, job_id: str) -> AsyncIterator[Event]:
+        """Every event that is logged by now, in order."""
+        position = BEGINNING
+        while entries := await self.read(job_id, position):
+            position = entries[-1].last
+            for entry in entries:
+                for event in entry.events:
+                    yield event
 
     def follow(self, job_id: str, after: EventId = BEGINNING, *, newborn: bool = False) -> Follower:
         """Follows a log from behind ``after``; use it as a context manager and iterate.
