@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import TypeAlias
 
 from llmstream import __version__
 from llmstream.commands.options import Command, assignment, event_id, program
+from llmstream.commands.terminal import forget_stdout
 from llmstream.errors import ConfigError, LLMStreamError
 
 EPILOG = """\
@@ -27,8 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Nobody reads our output any more; nor shall Python try to write what is left when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_stdout()
         return 1
     except Exception as error:
         return _report(error, debug=args.debug)
@@ -80,7 +79,9 @@ def _add_serve(commands: Commands, settings: argparse.ArgumentParser) -> None:
     serve = commands.add_parser("serve", parents=[settings], help="run the server")
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", help="port to listen on; 0 picks a free one")
-    serve.add_argument("--workers", help="replica processes that share the port; SIGHUP restarts them one by one")
+    serve.add_argument(
+        "--workers", help="replica processes that share the port; SIGHUP or SIGUSR2 restarts them one by one"
+    )
     serve.add_argument("--print-config", action="store_true", help="print the settings, secrets masked, and exit")
     serve.set_defaults(command="serve:run")
 
@@ -108,12 +109,21 @@ def _add_chat(commands: Commands, client: argparse.ArgumentParser) -> None:
 def _add_jobs(commands: Commands, client: argparse.ArgumentParser) -> None:
     jobs = commands.add_parser("jobs", parents=[client], help="list the latest jobs, or show one")
     jobs.add_argument("id", nargs="?", help="show this job")
+    jobs.add_argument("--dead", action="store_true", help="list those that failed after all their attempts")
     jobs.add_argument("--limit", type=int, default=20, help="how many to list (20)")
     jobs.add_argument("--json", action="store_true", help="print JSON")
     jobs.set_defaults(command="jobs:run")
     cancel = commands.add_parser("cancel", parents=[client], help="end jobs that wait or run")
     cancel.add_argument("ids", nargs="+", metavar="ID")
     cancel.set_defaults(command="jobs:cancel")
+    requeue = commands.add_parser(
+        "requeue",
+        parents=[client],
+        help="run failed or cancelled jobs once more",
+        description="Makes a new job of each, which goes on where the old one stopped, and prints both ids.",
+    )
+    requeue.add_argument("ids", nargs="+", metavar="ID")
+    requeue.set_defaults(command="jobs:requeue")
 
 
 def _add_models(commands: Commands, client: argparse.ArgumentParser) -> None:

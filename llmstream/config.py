@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from llmstream.config_schema import Setting, plain, schema_of
 from llmstream.config_sources import build
 
+OnDisconnect = Annotated[str, Field(pattern=r"^(cancel|continue|grace|grace\([0-9]{1,5}(\.[0-9]{1,3})?s\))$")]
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
 
@@ -45,12 +46,16 @@ class ServerSettings(Section):
     """TCP port; 0 picks a free one."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Replica processes that ``serve`` runs on the one port; each loads its own copy of every local model."""
+    worker_timeout_s: Annotated[float, Field(ge=1)] = 10.0
+    """One of several workers that shows no life for so long hangs, and is killed and replaced."""
     shutdown_grace_s: Annotated[float, Field(ge=0)] = 20.0
     """On SIGTERM, seconds that open streams and running jobs get before they are cut and left to be taken over."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 20 * 1024 * 1024
     """Largest accepted request body."""
     ping_s: Annotated[float, Field(gt=0)] = 15.0
     """Seconds between comment lines on a silent SSE stream."""
+    retry_window_s: Annotated[float, Field(ge=0)] = 600.0
+    """For so long an SDK's automatic retry attaches to the job of the request it repeats; 0: every retry is new."""
 
     @property
     def loopback(self) -> bool:
@@ -63,7 +68,8 @@ class ServerSettings(Section):
 
 class StoreSettings(Section):
     url: SecretStr | None = None
-    """Redis 7+/Valkey 8+ URL; without one an embedded Valkey runs in ``data_dir``. ``REDIS_URL`` sets it too."""
+    """Redis 7+/Valkey 8+ URL, also of cluster nodes; without one an embedded Valkey runs in ``data_dir``. ``REDIS_URL``
+    sets it too."""
     prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = "llmstream"
     """Starts the name of every key."""
     timeout_s: Annotated[float, Field(gt=0)] = 5.0
@@ -74,13 +80,22 @@ class StoreSettings(Section):
     """How long a finished job and its log can be read."""
     unfinished_retention_s: Annotated[float, Field(gt=0)] = 7 * 24 * 3600.0
     """How long an unfinished job is kept when no replica runs."""
+    durability: Literal["full", "fsync", "memory"] = "full"
+    """``full``: the store has what a client sees; ``fsync``: on its disk; ``memory``: nothing is stored. A request may
+    ask for any."""
+    memory_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
+    """What the memory jobs of one replica may take together, prompts and answers; more are refused with 429."""
+    memory_answer_bytes: Annotated[int, Field(ge=1)] = 4 * 1024 * 1024
+    """Largest answer of a memory job; a larger one is cut and fails."""
+    memory_retention_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long a finished memory job can be read."""
     sync: Literal["everysec", "always"] = "everysec"
     """When the embedded Valkey's log of changes reaches the disk."""
 
     @field_validator("url")
     @classmethod
     def _redis_url(cls, url: SecretStr | None) -> SecretStr | None:
-        if url and not _is_redis_url(url.get_secret_value()):
+        if url and not all(map(_is_redis_url, store_urls(url.get_secret_value()))):
             raise ValueError(
                 "redis://, rediss:// or unix:// with a host or path, for example redis://user:password@host:6379/0; "
                 "special characters in a password are written as %XX"
@@ -99,6 +114,24 @@ class SchedulerSettings(Section):
     """Executions of one job before it fails with what it has."""
     remote_slots: Annotated[int, Field(ge=1)] = 1000
     """Remote generations one replica runs at once, over all providers."""
+
+
+class DisconnectSettings(Section):
+    streams: OnDisconnect = "grace"
+    """What becomes of an answer on ``/v1`` that nobody reads any more: ``cancel``, ``continue``, ``grace``,
+    ``grace(30s)``."""
+    jobs: OnDisconnect = "continue"
+    """The same for ``/chat`` and ``/chat/async``."""
+    grace_s: Annotated[float, Field(ge=0, le=86400)] = 30.0
+    """Seconds that ``grace`` waits for a reader to come back, and every answer for its first reader."""
+
+    def limit(self, policy: str) -> float | None:
+        """Seconds without a reader after which a job is cancelled; None: never."""
+        if policy == "continue":
+            return None
+        if policy == "cancel":
+            return 0.0
+        return self.grace_s if policy == "grace" else float(policy.removeprefix("grace(").removesuffix("s)"))
 
 
 class DeadlineSettings(Section):
@@ -183,6 +216,7 @@ class Settings(Section):
     store: StoreSettings = StoreSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
+    disconnect: DisconnectSettings = DisconnectSettings()
     models: dict[str, ModelSettings] = {}
     """Local models by the name clients ask for. With neither models nor providers, ``smollm2`` is served."""
     providers: dict[str, ProviderSettings] = {}
@@ -259,6 +293,15 @@ def _contradictions(settings: Settings) -> Iterator[str]:
                 f"models, providers: the name {name[:80]!r} is not allowed; expected up to 128 letters, digits and "
                 ". _ : / - that begin with a letter or digit"
             )
+
+
+def store_urls(url: str) -> list[str]:
+    """One URL for each host of a store's URL, which may name several nodes of a cluster."""
+    found = re.fullmatch(r"(\w+://(?:[^/?#]*@)?)([^/?#]*)(.*)", url, re.DOTALL)
+    if found is None:
+        return [url]
+    start, hosts, end = found.groups()
+    return [f"{start}{host}{end}" for host in hosts.split(",")]
 
 
 def _is_redis_url(url: str) -> bool:

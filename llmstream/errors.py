@@ -59,7 +59,12 @@ class LLMStreamError(Exception):
     def failure(self) -> Failure:
         """The error as it is kept in a job's log."""
         return Failure(
-            message=self.message, type=self.type, code=self.error_code, param=self.param, status=self.http_status
+            message=self.message,
+            type=self.type,
+            code=self.error_code,
+            param=self.param,
+            status=self.http_status,
+            retryable=self.retryable,
         )
 
     def body(self) -> dict[str, Any]:

@@ -11,19 +11,28 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+from msgspec.structs import replace
+
 from llmstream.config import Settings
-from llmstream.errors import Conflict, NotFound, Overloaded, ShuttingDown
+from llmstream.duplicates import Duplicates, Identity
+from llmstream.errors import BadRequest, Conflict, NotFound, Overloaded, ShuttingDown, StoreUnavailable
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
 from llmstream.routing.router import Router
+from llmstream.scheduler.audience import MemorySeat, Seat
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.follower import Follower
 from llmstream.store.lanes import Census, Lanes, Standing
+from llmstream.store.memory import in_memory
+from llmstream.store.readers import NOBODY, Lease
+from llmstream.store.repeats import digest
 from llmstream.store.store import Store, open_store
 from llmstream.transcript import Transcript
 from llmstream.types import (
     BEGINNING,
+    TERMINAL,
     Clock,
+    Durability,
     EventId,
     Finished,
     GenerateRequest,
@@ -36,6 +45,7 @@ from llmstream.types import (
 )
 
 DEFAULT_RETRY_AFTER_S = 1.0
+STORE_RETRY_AFTER_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +63,9 @@ class Gateway:
         self._scheduler = scheduler
         self._clock = clock
         self._closing = False
+        self._duplicates = Duplicates(
+            store, key_s=settings.store.retention_s, retry_window_s=settings.server.retry_window_s
+        )
 
     async def submit(
         self,
@@ -62,15 +75,27 @@ class Gateway:
         priority: int = 0,
         session_id: str | None = None,
         deadline_s: float | None = None,
+        durability: Durability | None = None,
+        identity: Identity | None = None,
+        grace_s: float | None = None,
     ) -> Job:
-        """Accepts a job; from here on it reaches a terminal state whatever happens to this process.
+        """Accepts a job; from here on it reaches a terminal state whatever happens to this process. Only a memory job
+        ends with the process.
+
+        A request whose ``identity`` was accepted before is that job, which may be running or over. With ``grace_s`` it
+        is cancelled once nobody has read it for so long.
 
         Raises BadRequest or ModelNotFound for what can never run, Overloaded with ``retry_after`` when the queue is
-        full, ShuttingDown, StoreUnavailable. After an error nothing is left behind.
+        full, Conflict when the identity belongs to a different request, ShuttingDown, StoreUnavailable. After an error
+        nothing is left behind.
         """
-        job = await self._admit(request, principal or Principal(), priority, session_id, deadline_s)
-        await self._enqueue(job)
-        return job
+        job = await self._admit(
+            request, principal or Principal(), priority, session_id, deadline_s, durability, grace_s
+        )
+        if in_memory(job.id):
+            return self._run_here(job, identity)
+        job = await self._duplicates.identify(job, identity)
+        return await self._enqueue(job, identity)
 
     async def start(
         self,
@@ -80,12 +105,21 @@ class Gateway:
         priority: int = 0,
         session_id: str | None = None,
         deadline_s: float | None = None,
+        durability: Durability | None = None,
+        identity: Identity | None = None,
+        grace_s: float | None = None,
     ) -> tuple[Job, Follower]:
-        """Like :meth:`submit`, and follows the job from its beginning; close the follower."""
-        job = await self._admit(request, principal or Principal(), priority, session_id, deadline_s)
-        follower = self._store.log.follow(job.id, newborn=True)
+        """Like :meth:`submit`, and reads the job from its beginning; close the follower."""
+        job = await self._admit(
+            request, principal or Principal(), priority, session_id, deadline_s, durability, grace_s
+        )
+        if in_memory(job.id):
+            return job, self.read(self._run_here(job, identity))
+        job = await self._duplicates.identify(job, identity)
+        follower = self._store.log.follow(job.id, newborn=identity is None or not identity.named)
+        seat = follower.seat = self._scheduler.audience.seat()
         try:
-            await self._enqueue(job)
+            job = await self._enqueue(job, identity, seat)
         except BaseException:
             follower.close()
             raise
@@ -95,9 +129,19 @@ class Gateway:
         """Follows a job's log from behind a position. Check with :meth:`job` that there is such a job."""
         return self._store.log.follow(job_id, after)
 
+    def read(self, job: Job, after: EventId = BEGINNING) -> Follower:
+        """Like :meth:`follow`, for a client whose leave may end the job: its seat is to be taken, and left."""
+        follower = self.follow(job.id, after)
+        if in_memory(job.id):
+            follower.seat = MemorySeat(self._store.memory, job.id)
+            return follower
+        seat = follower.seat = self._scheduler.audience.seat()
+        seat.bind(job, self._lanes(job.pool), counted=False)
+        return follower
+
     async def job(self, job_id: str) -> JobState:
-        """The record of a job. Raises NotFound."""
-        return await self._store.jobs.get(job_id)
+        """The record of a job. Raises NotFound, and Conflict for a memory job of another replica."""
+        return await self._store.records(job_id).get(job_id)
 
     async def transcript(self, job_id: str) -> Transcript:
         """The answer so far, read from the log."""
@@ -120,21 +164,58 @@ class Gateway:
 
     async def standing(self, state: JobState) -> Standing:
         """Position in the queue and the time until its turn comes."""
+        if in_memory(state.job.id):
+            return await self._scheduler.standing(state.job)
         return await self._lanes(state.job.pool).standing(state.job.id)
 
     async def cancel(self, job_id: str) -> JobState:
         """Ends a job wherever it waits or runs; what it has produced stays readable. Cancelling twice is fine."""
-        ended = await self._store.jobs.end(job_id, Finished(status="cancelled", at=self._clock()))
+        ended = await self._store.records(job_id).end(job_id, Finished(status="cancelled", at=self._clock()))
         self._scheduler.stop_job(job_id)
         self._store.log.note_end(job_id, ended)
         state = await self.job(job_id)
-        # Also when it had ended before: the answer to an earlier call may have been lost half-way.
-        await self._lanes(state.job.pool).remove(job_id)
+        if not in_memory(job_id):
+            # Also when it had ended before: the answer to an earlier call may have been lost half-way.
+            await self._lanes(state.job.pool).remove(job_id)
         return state
+
+    async def requeue(self, job_id: str) -> Job:
+        """Runs a failed or cancelled job once more: as a new job, for the old one's log has its end, and every reader
+        has seen it. The new one begins with the old one's answer where that can be continued. Repeating it is fine.
+
+        Raises NotFound, Conflict for a job that did not fail, and what :meth:`submit` raises.
+        """
+        state = await self.job(job_id)
+        if in_memory(job_id):
+            raise Conflict(f"Job {job_id!r} has durability 'memory' and cannot be requeued; send its request again.")
+        if state.status not in {"failed", "cancelled"}:
+            raise Conflict(f"Job {job_id!r} is {state.status}; only failed and cancelled jobs can be requeued.")
+        old = state.job
+        deadline_s = None if old.expires_at is None else old.expires_at - old.created_at
+        principal = Principal(id=old.principal)
+        job = await self._admit(old.request, principal, old.priority, old.session_id, deadline_s, old.durability, None)
+        name = digest("requeue", old.id)
+        new_id = await self._store.repeats.point(name, job.id, self.settings.store.retention_s)
+        job = await self._enqueue(replace(job, id=new_id, fingerprint=name, continues=old.id))
+        await self._lanes(old.pool).revive(old.id)
+        return job
+
+    async def dead(self, limit: int = 50) -> list[JobState]:
+        """Jobs of all pools this replica knows that failed after all their attempts, latest first."""
+        found = [job_id for pool in self._scheduler.pools.values() for job_id in await pool.lanes.dead(limit)]
+        states = await self._store.jobs.find_all(found)
+        return sorted(states, key=lambda state: state.finished_at or 0.0, reverse=True)[:limit]
 
     async def latest_job(self, session_id: str) -> str:
         """Id of the latest job of a session; a job without a session is a session of its own. Raises NotFound."""
-        if jobs := await self._store.jobs.session_jobs(session_id):
+        if in_memory(session_id):
+            return (await self.job(session_id)).job.id
+        jobs = await self._store.jobs.session_jobs(session_id)
+        if own := self._store.memory.latest(session_id):
+            logged = await self._store.jobs.find(jobs[0]) if jobs else None
+            if logged is None or logged.job.created_at < own.job.created_at:
+                return own.job.id
+        if jobs:
             return jobs[0]
         if await self._store.jobs.find(session_id) is None:
             raise NotFound(f"There is no session {session_id!r}; it never existed or its retention time is over.")
@@ -165,6 +246,14 @@ class Gateway:
         """Counts by pool, whichever replica serves it."""
         return {pool: await self._lanes(pool).census() for pool in sorted(await self._store.pools())}
 
+    @property
+    def unready(self) -> str | None:
+        """Why new work should go to another replica; None when this one takes it."""
+        if self._closing:
+            return "This replica is shutting down."
+        trouble = self._store.presence.trouble
+        return trouble.message if trouble is not None else None
+
     async def health(self) -> dict[str, Any]:
         """Everything behind this replica, with the time each look took; never raises."""
         parts: dict[str, Any] = {"store": await _timed(self._store.health())}
@@ -187,14 +276,20 @@ class Gateway:
         priority: int,
         session_id: str | None,
         deadline_s: float | None,
+        durability: Durability | None,
+        grace_s: float | None,
     ) -> Job:
         if self._closing:
             raise ShuttingDown("This replica is shutting down; try again, another one will answer.", retry_after=1)
+        durability = durability or self.settings.store.durability
+        if self._store.presence.trouble is not None and durability != "memory":
+            raise StoreUnavailable(self._store.presence.trouble.message, retry_after=STORE_RETRY_AFTER_S)
         target = self._router.target(request)
         await target.provider.check(request)
-        now = self._clock()
+        self._store.check(durability)
+        now, job_id = self._clock(), new_id(self._clock)
         return Job(
-            id=new_id(self._clock),
+            id=self._store.memory.name(job_id) if durability == "memory" else job_id,
             request=request,
             pool=target.provider.pool,
             created_at=now,
@@ -202,18 +297,56 @@ class Gateway:
             priority=priority,
             session_id=session_id,
             expires_at=None if deadline_s is None else now + deadline_s,
+            durability=durability,
+            grace_s=grace_s,
         )
 
-    async def _enqueue(self, job: Job) -> None:
+    def _run_here(self, job: Job, identity: Identity | None) -> Job:
+        """Accepts a memory job. Other replicas know nothing of it, so it cannot be found under a name there."""
+        if identity is not None and (identity.job_id is not None or identity.key is not None):
+            name = "job_id" if identity.job_id is not None else "Idempotency-Key"
+            raise BadRequest(
+                f"{name} needs a job on record, and durability 'memory' keeps none; leave one of the two out.",
+                param=name,
+            )
+        self._scheduler.run_here(job)
+        if job.grace_s is not None:
+            self._store.memory.expect(job.id, max(self.settings.disconnect.grace_s, job.grace_s))
+        return job
+
+    async def _enqueue(self, job: Job, identity: Identity | None = None, seat: Seat | None = None) -> Job:
+        """Puts a job on record and in line; both may have been done before by an equal request."""
+        first_s = max(self.settings.disconnect.grace_s, job.grace_s or 0.0)
+        expected = Lease(NOBODY, first_s - (job.grace_s or 0.0))
+        created = await self._store.jobs.create(job, seat.lease if seat else expected)
+        if created is None:
+            raise identity.conflict() if identity else Conflict(f"The job id {job.id!r} is taken.", param="job_id")
+        job = created.job
         lanes = self._lanes(job.pool)
-        if not await self._store.jobs.create(job):
-            raise Conflict(f"The job id {job.id!r} is taken by a different request.", param="job_id")
-        if not await lanes.push(job, wake=not self._scheduler.takes(job.pool)):
-            await self._store.jobs.discard(job.id)
-            raise await self._overloaded(lanes)
-        if job.session_id is not None:
-            await self._store.jobs.join_session(job.session_id, job)
+        if seat is not None:
+            seat.bind(job, lanes, counted=True)
+        unread_s = None if job.grace_s is None else seat.lease.seconds if seat else first_s
+        if created.status not in TERMINAL:
+            # One that runs may have lost its place: the store forgot it, and its replica is gone since.
+            wake, again = not self._scheduler.takes(job.pool), created.status != "queued"
+            if not await lanes.push(job, unread_s, wake=wake, again=again):
+                await self._store.jobs.discard(job.id)
+                raise await self._overloaded(lanes)
+            if job.session_id is not None:
+                await self._store.jobs.join_session(job.session_id, job)
+        self._store.recent.remember(lambda: self._enqueue_again(job, expected, unread_s), created.size)
         self._scheduler.kick(job.pool)
+        return job
+
+    async def _enqueue_again(self, job: Job, expected: Lease, unread_s: float | None) -> None:
+        """For a store that may have forgotten an accepted job. One that it knows stays as it is."""
+        created = await self._store.jobs.create(job, expected)
+        if created is None:
+            return
+        if job.session_id is not None:  # also when its end was written again before
+            await self._store.jobs.join_session(job.session_id, job)
+        if created.status not in TERMINAL:
+            await self._lanes(job.pool).push(job, unread_s, again=True)
 
     async def _overloaded(self, lanes: Lanes) -> Overloaded:
         census = await lanes.census()

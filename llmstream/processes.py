@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import os
 import signal
 import sys
 from collections.abc import Callable
 
+GC_OBJECTS = 20_000
 _PR_SET_PDEATHSIG = 1
 
 
@@ -21,6 +23,14 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     except ImportError:
         return None
     return uvloop.new_event_loop
+
+
+def collect_less() -> None:
+    """Call when a server is up: what lives as long as the process is left alone by the garbage collector from here on,
+    and the rest is looked through every some ten thousand objects instead of every 700."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_OBJECTS, 20, 20)
 
 
 def follow_parent(parent: int) -> None:

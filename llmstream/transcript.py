@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from llmstream.types import BEGINNING, Delta, Event, EventId, Finished, Restart, Usage
+from llmstream.types import BEGINNING, Delta, Event, EventId, Finished, Payload, Restart, Usage
 
 
 class Choice:
@@ -89,19 +89,24 @@ class Transcript:
 
     def add(self, event: Event) -> None:
         """Folds the next event in; events must come in log order, each once."""
-        self.position, data = event
-        if isinstance(data, Delta):
-            choice = self.choices.get(data.index)
-            if choice is None:
-                choice = self.choices[data.index] = Choice()
-            choice.add(data)
-            self.usage = data.usage or self.usage
-        elif isinstance(data, Restart):
-            self.choices.clear()
-            self.usage = None
-        elif isinstance(data, Finished):
-            self.finished = data
-            self.usage = data.usage or self.usage
+        self.extend((event.data,), event.id)
+
+    def extend(self, payloads: Iterable[Payload], last: EventId) -> None:
+        """Folds in what the next events say, of which ``last`` is the id of the last."""
+        self.position = last
+        for data in payloads:
+            if isinstance(data, Delta):
+                choice = self.choices.get(data.index)
+                if choice is None:
+                    choice = self.choices[data.index] = Choice()
+                choice.add(data)
+                self.usage = data.usage or self.usage
+            elif isinstance(data, Restart):
+                self.choices.clear()
+                self.usage = None
+            elif isinstance(data, Finished):
+                self.finished = data
+                self.usage = data.usage or self.usage
 
     @property
     def empty(self) -> bool:

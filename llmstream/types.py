@@ -23,6 +23,9 @@ MIN_PRIORITY, MAX_PRIORITY = -10, 10
 Clock = Callable[[], float]
 """Seconds since the epoch; injected so that tests own the time."""
 
+Durability = Literal["full", "fsync", "memory"]
+"""When an event counts as logged: the store has it, or has it on its disk. ``memory``: there is no log in the store."""
+
 Kind = Literal["chat", "completion"]
 
 
@@ -82,6 +85,8 @@ class Failure(Struct, frozen=True, omit_defaults=True):
     code: str | None = None
     param: str | None = None
     status: int = 500
+    retryable: bool = False
+    """Whether the same request may succeed at another time."""
 
 
 class Started(Struct, frozen=True, tag="started", omit_defaults=True):
@@ -172,6 +177,13 @@ class Job(Struct, frozen=True, omit_defaults=True):
     expires_at: float | None = None
     """Seconds since the epoch after which a job that is not finished fails; None: no such limit while it waits."""
     labels: dict[str, str] | None = None
+    fingerprint: str | None = None
+    """Digest of who asked what: the same under the same id is the same job."""
+    grace_s: float | None = None
+    """Seconds without any reader after which the job is cancelled; None: it goes on."""
+    continues: str | None = None
+    """The job that this one was requeued from: its answer goes on where that one stopped."""
+    durability: Durability = "full"
 
     @property
     def lane(self) -> Lane:
@@ -194,6 +206,11 @@ class JobState(Struct, frozen=True, omit_defaults=True):
     @property
     def done(self) -> bool:
         return self.status in TERMINAL
+
+    @property
+    def dead(self) -> bool:
+        """Whether it failed for want of attempts, so that more of them may help."""
+        return self.status == "failed" and self.failure is not None and self.failure.retryable
 
 
 class ModelInfo(Struct, frozen=True, omit_defaults=True):

@@ -20,14 +20,13 @@ hypothesis.settings.load_profile("suite")
 
 async def assert_every_key_expires(store: Store) -> None:
     """Fails for a key without a time to live."""
-    cursor = b"0"
     immortal: list[str] = []
-    while True:
-        cursor, names = await store.writes.call("SCAN", cursor, "COUNT", 1000)
-        lives = [await store.writes.call("PTTL", name) for name in names]
-        immortal += [name.decode() for name, left in zip(names, lives, strict=True) if left == -1]
-        if cursor == b"0":
-            break
+    for node in store.nodes:
+        cursor = None
+        while cursor != b"0":
+            cursor, names = await node.writes.call("SCAN", cursor or b"0", "COUNT", 1000)
+            lives = [await store.writes.call("PTTL", name) for name in names]
+            immortal += [name.decode() for name, left in zip(names, lives, strict=True) if left == -1]
     assert not immortal, f"keys without a time to live: {immortal}"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from llmstream.store.entry import Entry
 from llmstream.store.follower import Follower
 from llmstream.store.jobs import Begun
+from llmstream.store.memory import AnyWriter
 from llmstream.store.store import Store
 from llmstream.store.writer import Writer
 from llmstream.types import Delta, Event, Finished, GenerateRequest, Job, Started, new_id
@@ -22,8 +23,8 @@ async def new_job(store: Store, **fields: object) -> Job:
     return job
 
 
-async def begin(store: Store, job: Job, max_attempts: int = 100) -> Begun:
-    begun = await store.jobs.begin(job.id, Started(replica="r", at=time.time()), max_attempts)
+async def begin(store: Store, job: Job, max_attempts: int = 100, claim: int = 0) -> Begun:
+    begun = await store.jobs.begin(job.id, Started(replica="r", at=time.time()), max_attempts, claim)
     assert isinstance(begun, Begun)
     return begun
 
@@ -37,7 +38,7 @@ def finished(status: str = "completed") -> Finished:
     return Finished(status=status, at=time.time())  # type: ignore[arg-type]
 
 
-def say(writer: Writer, *words: str) -> None:
+def say(writer: AnyWriter, *words: str) -> None:
     for word in words:
         writer.append(Delta(text=word), len(word))
 

@@ -97,6 +97,10 @@ class Proxy:
         """Closes new connections at once."""
         self._refusing = refusing
 
+    def redirect(self, target: Path) -> None:
+        """Forwards new connections elsewhere; old ones stay as they are."""
+        self._target = target
+
     def cut(self) -> None:
         """Breaks every connection."""
         for link in list(self._links):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from llmstream.config import DeadlineSettings, ModelSettings, SchedulerSettings
-from llmstream.providers.base import Provider
+from llmstream.providers.base import Provider, Sink
 from llmstream.providers.echo import EchoProvider
 from llmstream.routing.router import Router
 from llmstream.scheduler.scheduler import Scheduler
@@ -20,7 +20,7 @@ from llmstream.types import Clock, Delta, GenerateRequest, Job, ModelInfo, new_i
 MODEL = "echo"
 FAST = SchedulerSettings(lease_s=0.4)
 
-Generate = Callable[[GenerateRequest, Transcript | None], AsyncGenerator[Sequence[Delta], None]]
+Script = Callable[[GenerateRequest, Transcript | None], AsyncGenerator[Sequence[Delta], None]]
 
 
 def echo(slots: int = 4, **settings: Any) -> EchoProvider:
@@ -33,8 +33,8 @@ class Scripted:
     name = pool = MODEL
     models = (ModelInfo(name=MODEL, provider=MODEL),)
 
-    def __init__(self, generate: Generate, slots: int = 4, continues: bool = False) -> None:
-        self.generate = generate
+    def __init__(self, script: Script, slots: int = 4, continues: bool = False) -> None:
+        self._script = script
         self.slots = slots
         self._continues = continues
 
@@ -44,6 +44,13 @@ class Scripted:
 
     def can_continue(self, request: GenerateRequest, so_far: Transcript) -> bool:
         return self._continues
+
+    async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
+        async with aclosing(self._script(request, so_far)) as batches:
+            async for batch in batches:
+                sink.put(batch)
+                if sink.congested:
+                    await sink.drained()
 
     async def health(self) -> dict[str, object]:
         return {"status": "ok"}

@@ -22,9 +22,11 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from llmstream.cli import main
 from llmstream.commands.frames import Frame, Frames
+from llmstream.commands.jobs import table
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -228,10 +230,38 @@ def test_jobs_are_listed_shown_and_cancelled(served: Cli) -> None:
     assert "cancelled" in served.here("jobs", job_id).out
 
 
+def test_jobs_are_requeued(served: Cli) -> None:
+    """A job that was cancelled goes on as another, which says where it is from; one that runs is refused."""
+    chat = served.start("chat", "count", "--model", "slower")
+    until(lambda: "tok0001" in chat.out)
+    (job,) = json.loads(served.here("jobs", "--json", "--limit", "1").out)
+    assert served.here("jobs", "--dead").err == "No job was given up.\n"
+    assert served.here("jobs", job["task_id"], "--dead").status == 2
+    assert served.here("requeue", job["task_id"]).status == 1
+    served.here("cancel", job["task_id"])
+    assert chat.wait() == 1
+    requeued = served.here("requeue", job["task_id"], "nosuchjob")
+    assert requeued.status == 1
+    assert "nosuchjob" in requeued.err
+    old, _, new = requeued.out.strip().partition(" goes on as ")
+    assert old == job["task_id"]
+    assert json.loads(served.here("jobs", new, "--json").out)["continues"] == old
+    served.here("cancel", new)
+
+
+def test_dead_letters_are_shown_with_their_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    """The table of dead letters says why each was given up."""
+    job = {"task_id": "j", "status": "failed", "model": "m", "priority": 0, "lane": "default", "attempt": 3}
+    rows = [{**job, "created_at": 0.0, "error": {"message": "tried too often"}}]
+    Console(width=200).print(table(rows, 1.0))
+    assert "tried too often" in capsys.readouterr().out
+
+
 def test_an_answer_survives_the_death_of_its_server(cli: Cli) -> None:
     """After kill -9 and a new start on another port, a waiting chat goes on by itself and an ended one resumes.
 
-    SIGTERM ends the new server with status 0, and nobody is sent to it any more.
+    The SIGHUP of a closed terminal ends the new server in order, as SIGTERM does: with status 0, and nobody is sent to
+    it any more.
     """
     pace = ("--set", "models.slow.delay_ms=50")  # both chats must be on their way before either is done
     server = cli.serve(*SERVER, *pace)
@@ -248,7 +278,7 @@ def test_an_answer_survives_the_death_of_its_server(cli: Cli) -> None:
     assert rest.wait() == 0
     assert impatient.out + rest.out == WHOLE
     assert (patient.wait(), patient.out) == (0, WHOLE)
-    second.popen.send_signal(signal.SIGTERM)
+    second.popen.send_signal(signal.SIGHUP)
     assert second.wait() == 0
     assert not (cli.data_dir / "server.json").exists()
 

@@ -24,6 +24,7 @@ from llmstream.config import (
     describe,
     load,
     print_config,
+    store_urls,
 )
 from llmstream.errors import ConfigError
 
@@ -253,6 +254,8 @@ def test_contradictions_are_refused() -> None:
         "redis://u:p/secret@host",
         "redis://u:p#secret@host",
         "redis://h:secret",
+        "redis://h:1,h:secret",
+        "redis://h:1,,h:2",
         "unix://x",
     ],
 )
@@ -261,6 +264,16 @@ def test_store_urls_are_checked_without_showing_them(url: str) -> None:
     message = refusal(None, {"REDIS_URL": url})
     assert "store.url = ******** (environment variable REDIS_URL): expected redis://, rediss:// or unix://" in message
     assert "secret" not in message
+
+
+def test_a_store_url_may_name_several_hosts() -> None:
+    """Each host makes a URL of its own with the same user, password and options; printing hides the password."""
+    url = "rediss://u:p%2Cw@h1,[::1]:2/0?ssl_ca_certs=/ca.pem"
+    settings = load(None, {"REDIS_URL": url})
+    assert settings.store.url == SecretStr(url)
+    assert store_urls(url) == [f"rediss://u:p%2Cw@{host}/0?ssl_ca_certs=/ca.pem" for host in ("h1", "[::1]:2")]
+    assert store_urls("unix:///a,b") == ["unix:///a,b"]
+    assert "p%2Cw" not in print_config(settings)
 
 
 def test_secrets_can_be_references(config: Path, tmp_path: Path) -> None:

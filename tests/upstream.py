@@ -44,6 +44,8 @@ class Reply:
     newline: str = "\n"
     split: int | None = None
     """Sends the stream in writes of this many bytes."""
+    delay_s: float = 0.0
+    """Pause before each piece."""
     whole: bool = False
     """Answers with one JSON object although a stream was asked for."""
     prefill: bool = False
@@ -63,10 +65,13 @@ class Seen:
 
 
 class Upstream:
-    """Answers by ``replies`` in turn, then by the model's entry in ``models``, then plainly."""
+    """Answers by what the user said, then by ``replies`` in turn, then by the model's entry in ``models``, then
+    plainly."""
 
     def __init__(self) -> None:
         self.url = ""
+        self.scripts: dict[str, deque[Reply]] = {}
+        """Replies in turn for each last message of a user."""
         self.replies: deque[Reply] = deque()
         self.models: dict[str, Reply] = {}
         self.requests: list[Seen] = []
@@ -103,7 +108,7 @@ class Upstream:
         body = await request.json()
         seen = Seen(request.path, dict(request.headers), body, request.transport)
         self.requests.append(seen)
-        reply = self.replies.popleft() if self.replies else self.models.get(body["model"], Reply())
+        reply = self._next_reply(body)
         try:
             await self._gate(reply, -1)
             if reply.status != 200 or reply.body is not None:
@@ -119,6 +124,14 @@ class Upstream:
         finally:
             seen.answered = True
 
+    def _next_reply(self, body: dict[str, Any]) -> Reply:
+        said = [message["content"] for message in body.get("messages", ()) if message["role"] == "user"]
+        script = self.scripts.get(str(said[-1])) if said else None
+        for replies in (script, self.replies):
+            if replies:
+                return replies.popleft()
+        return self.models.get(body["model"], Reply())
+
     async def _stream(
         self, request: web.Request, reply: Reply, pieces: Sequence[str | Mapping[str, Any]], chunks: Chunks
     ) -> web.StreamResponse:
@@ -129,6 +142,7 @@ class Upstream:
             if reply.fault and reply.fault != "no_finish" and reply.at == position:
                 return await self._fail(request, response, reply)
             last = position == len(pieces)
+            await asyncio.sleep(reply.delay_s)
             data = chunks.end() if last else chunks.piece(pieces[position], first=position == 0)
             for start in range(0, len(data), reply.split or len(data) or 1):
                 await response.write(data[start : start + (reply.split or len(data))])

@@ -39,6 +39,8 @@ async def _read(request: web.Request) -> bytes:
     if request.headers.get("Content-Encoding", "").strip().lower() not in ENCODINGS:
         raise unsupported_encoding()
     try:
+        if request.content.is_eof():  # it came with the headers
+            return await request.read()
         async with asyncio.timeout(READ_TIMEOUT_S):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:

@@ -6,13 +6,15 @@ import msgspec
 from aiohttp import web
 
 from llmstream.api.body import read_json, validate
+from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
 from llmstream.api.render import NativeFormat, job_body
 from llmstream.api.schemas import ChatBody, chat_request
 from llmstream.api.sse import Waiting, position, serve
+from llmstream.duplicates import Identity
 from llmstream.errors import BadRequest, NotFound
 from llmstream.gateway import Gateway
-from llmstream.types import GenerateRequest, JobState, new_id
+from llmstream.types import GenerateRequest, Job, JobState, new_id
 
 STREAM = "stream"
 
@@ -23,14 +25,21 @@ routes = web.RouteTableDef()
 async def submit_chat(request: web.Request) -> web.Response:
     """Accepts a job and answers at once; the answer is read at ``stream_url``."""
     gateway = request.app[GATEWAY]
-    schema, generate = await _read(request, gateway)
-    session_id = schema.session_id or new_id()
-    job = await gateway.submit(generate, priority=schema.priority, session_id=session_id, deadline_s=schema.deadline_s)
-    url = request.app.router[STREAM].url_for(session_id=session_id)
-    if schema.session_id is not None:  # a session of the caller's may hold several jobs: name the one
-        url = url.with_query(task_id=job.id)
+    schema, generate, known = await _read(request, gateway)
+    job = await gateway.submit(
+        generate,
+        priority=schema.priority,
+        session_id=schema.session_id or new_id(),
+        deadline_s=schema.deadline_s,
+        durability=schema.durability,
+        identity=known,
+        grace_s=_limit(gateway, schema),
+    )
+    # A replica that did not accept a memory job cannot find it by its session, but knows its id for what it is.
+    url = stream_url(request, job, named=schema.session_id is not None or job.durability == "memory")
+    status = (await gateway.job(job.id)).status if known is not None and known.named else "queued"
     return web.json_response(
-        {"status": "queued", "task_id": job.id, "session_id": session_id, "stream_url": str(url)},
+        {"status": status, "task_id": job.id, "session_id": job.session_id, "stream_url": url},
         status=202,
         headers={"x-job-id": job.id},
     )
@@ -40,13 +49,17 @@ async def submit_chat(request: web.Request) -> web.Response:
 async def chat(request: web.Request) -> web.StreamResponse:
     """Answers in the same response, streamed."""
     gateway = request.app[GATEWAY]
-    schema, generate = await _read(request, gateway)
-    session_id = schema.session_id or new_id()
+    schema, generate, known = await _read(request, gateway)
     job, follower = await gateway.start(
-        generate, priority=schema.priority, session_id=session_id, deadline_s=schema.deadline_s
+        generate,
+        priority=schema.priority,
+        session_id=schema.session_id or new_id(),
+        deadline_s=schema.deadline_s,
+        durability=schema.durability,
+        identity=known,
+        grace_s=_limit(gateway, schema),
     )
-    location = request.app.router[STREAM].url_for(session_id=session_id).with_query(task_id=job.id)
-    headers = {"x-job-id": job.id, "Location": str(location)}
+    headers = {"x-job-id": job.id, "Location": stream_url(request, job, named=True)}
     waiting = _waiting(gateway, JobState(job))
     return await serve(request, follower, NativeFormat(), headers=headers, waiting=waiting)
 
@@ -70,7 +83,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
     if await gateway.exhausted(state, after):
         return web.Response(status=204, headers=headers)
     waiting = _waiting(gateway, state)
-    return await serve(request, gateway.follow(job_id, after), NativeFormat(), headers=headers, waiting=waiting)
+    return await serve(request, gateway.read(state.job, after), NativeFormat(), headers=headers, waiting=waiting)
 
 
 @routes.get("/chat/{task_id}")
@@ -89,42 +102,25 @@ async def cancel(request: web.Request) -> web.Response:
     return await _status(gateway, await gateway.cancel(request.match_info["task_id"]))
 
 
-@routes.get("/jobs")
-async def jobs(request: web.Request) -> web.Response:
-    """The latest jobs, newest first, without their text."""
-    try:
-        limit = int(request.query.get("limit", "50"))
-    except ValueError:
-        limit = 0
-    if not 1 <= limit <= 500:
-        raise BadRequest("limit must be a number from 1 to 500.", param="limit")
-    states = await request.app[GATEWAY].recent(limit)
-    rows = [
-        {
-            "task_id": state.job.id,
-            "session_id": state.job.session_id,
-            "status": state.status,
-            "model": state.job.request.model,
-            "priority": state.job.priority,
-            "lane": state.job.lane,
-            "attempt": state.attempt,
-            "replica": state.replica,
-            "created_at": state.job.created_at,
-            "started_at": state.started_at,
-            "finished_at": state.finished_at,
-        }
-        for state in states
-    ]
-    return web.json_response({"object": "list", "data": rows})
+def stream_url(request: web.Request, job: Job, *, named: bool) -> str:
+    """Where a job is read; ``named`` where its session may hold several."""
+    url = request.app.router[STREAM].url_for(session_id=job.session_id or job.id)
+    return str(url.with_query(task_id=job.id) if named else url)
 
 
-async def _read(request: web.Request, gateway: Gateway) -> tuple[ChatBody, GenerateRequest]:
+async def _read(request: web.Request, gateway: Gateway) -> tuple[ChatBody, GenerateRequest, Identity | None]:
     body = await read_json(request)
     schema = validate(ChatBody, body)
     models = gateway.models
     if schema.model is None and not models:
         raise BadRequest("No model is configured by name; say which one with 'model'.", param="model")
-    return schema, chat_request(schema, body, schema.model or models[0].name)
+    generate = chat_request(schema, body, schema.model or models[0].name)
+    return schema, generate, identity(request, schema.job_id, body)
+
+
+def _limit(gateway: Gateway, schema: ChatBody) -> float | None:
+    disconnect = gateway.settings.disconnect
+    return disconnect.limit(schema.on_disconnect or disconnect.jobs)
 
 
 async def _status(gateway: Gateway, state: JobState) -> web.Response:

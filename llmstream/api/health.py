@@ -1,4 +1,4 @@
-"""``/health``, ``/health/full``, ``/stats``: what one looks at first when something is wrong."""
+"""``/health``, ``/ready``, ``/health/full``, ``/stats``: what one looks at first when something is wrong."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from llmstream.api.keys import GATEWAY
+from llmstream.errors import StoreUnavailable
 from llmstream.store.lanes import Census
 from llmstream.types import LANES
 
@@ -29,6 +30,15 @@ async def health(request: web.Request) -> web.Response:
     return web.json_response(
         {"status": "healthy", "model_loaded": bool(models), "model_name": models[0] if models else None}
     )
+
+
+@routes.get("/ready")
+async def ready(request: web.Request) -> web.Response:
+    """Readiness: 503 while new work had better go elsewhere, as the store is away or this replica drains."""
+    reason = request.app[GATEWAY].unready
+    if reason is not None:
+        raise StoreUnavailable(reason, code="not_ready", retry_after=1)
+    return web.json_response({"status": "ready"})
 
 
 @routes.get("/health/full")

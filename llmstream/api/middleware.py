@@ -77,6 +77,8 @@ def _response(
     failure: Failure, status: int, retry_after: float | None, headers: dict[str, str] | None = None
 ) -> web.Response:
     kept = {"Allow": headers["Allow"]} if headers and "Allow" in headers else {}
+    if status == 409:
+        kept["x-should-retry"] = "false"  # official SDKs would otherwise repeat what stays refused
     if retry_after is None and status in {429, 503}:
         retry_after = 1.0
     if retry_after is not None:

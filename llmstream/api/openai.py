@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
+from functools import cache
+from urllib.parse import quote
 
+import msgspec
 from aiohttp import web
 
 from llmstream.api.body import read_json, validate
+from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
+from llmstream.api.presence import attended
 from llmstream.api.render import CANCELLED, ChatFormat, chat_completion, completion_id
 from llmstream.api.schemas import ChatCompletionBody, openai_request
-from llmstream.api.sse import patiently, position, serve
+from llmstream.api.sse import deliver, position, serve
 from llmstream.errors import BadRequest, ModelNotFound, NotFound, error_body
 from llmstream.gateway import Gateway
+from llmstream.store.entry import Entry
 from llmstream.store.follower import Follower
 from llmstream.transcript import Transcript
 from llmstream.types import BEGINNING, EventId, Job, ModelInfo
@@ -28,17 +33,23 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     body = await read_json(request)
     schema = validate(ChatCompletionBody, body)
+    disconnect = gateway.settings.disconnect
     job, follower = await gateway.start(
         openai_request("chat", schema, body),
         priority=schema.priority,
         session_id=schema.session_id,
         deadline_s=schema.deadline_s,
+        durability=schema.durability,
+        identity=identity(request, schema.job_id, body),
+        grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),
     )
-    headers = _headers(request, job)
-    if schema.stream:
-        return await serve(request, follower, ChatFormat(job, include_usage=schema.include_usage), headers=headers)
+    headers, stream = _headers(request, job), schema.stream
+    wire = ChatFormat(job, include_usage=schema.include_usage)
+    del schema, body  # a stream may be open for hours
+    if stream:
+        return await serve(request, follower, wire, headers=headers)
     with follower:
-        return await _whole(job, follower, headers)
+        return await _whole(request, job, follower, headers)
 
 
 @routes.get("/v1/chat/completions/{completion_id}", name=COMPLETION, allow_head=False)
@@ -58,9 +69,9 @@ async def get_chat_completion(request: web.Request) -> web.StreamResponse:
         if restart is not None:
             after = EventId(restart.attempt, restart.seq - 1)
         wire = ChatFormat(state.job, include_usage=_flag(request, "include_usage"), begins_at=restart)
-        return await serve(request, gateway.follow(job_id, after), wire, headers=headers)
-    with gateway.follow(job_id) as follower:
-        return await _whole(state.job, follower, headers)
+        return await serve(request, gateway.read(state.job, after), wire, headers=headers)
+    with gateway.read(state.job) as follower:
+        return await _whole(request, state.job, follower, headers)
 
 
 @routes.get("/v1/models")
@@ -80,13 +91,19 @@ async def get_model(request: web.Request) -> web.Response:
     raise ModelNotFound(f"The model {name!r} does not exist here; GET /v1/models lists what does.", param="model")
 
 
-async def _whole(job: Job, follower: Follower, headers: dict[str, str]) -> web.Response:
+async def _whole(request: web.Request, job: Job, follower: Follower, headers: dict[str, str]) -> web.Response:
     transcript = Transcript()
-    async with aclosing(patiently(follower)) as batches:
-        async for entries in batches:
-            for entry in entries:
-                for event in entry.events:
-                    transcript.add(event)
+
+    def put(entry: Entry) -> bool:
+        transcript.extend(entry.payloads, entry.last)
+        return True
+
+    async def write(entries: list[Entry]) -> None:
+        for entry in entries:
+            put(entry)
+
+    async with attended(request, follower):
+        await deliver(follower, put, write)
     finished = transcript.finished
     failure = finished.failure if finished else None
     if finished is not None and finished.status == "cancelled":
@@ -95,12 +112,20 @@ async def _whole(job: Job, follower: Follower, headers: dict[str, str]) -> web.R
         status = 409 if failure.code == "cancelled" else failure.status
         # The job was accepted and has ended: trying the same again is the caller's decision, not their SDK's.
         return web.json_response(error_body(failure), status=status, headers={**headers, "x-should-retry": "false"})
-    return web.json_response(chat_completion(job, transcript), headers=headers)
+    body = msgspec.json.encode(chat_completion(job, transcript))
+    return web.Response(body=body, content_type="application/json", charset="utf-8", headers=headers)
 
 
 def _headers(request: web.Request, job: Job) -> dict[str, str]:
-    location = request.app.router[COMPLETION].url_for(completion_id=completion_id(job)).with_query(stream="true")
-    return {"x-job-id": job.id, "Location": str(location)}
+    location = _location(request.app.router[COMPLETION]).format(quote(completion_id(job), safe=""))
+    return {"x-job-id": job.id, "Location": location}
+
+
+@cache
+def _location(route: web.AbstractResource) -> str:
+    """Where a completion is read as a stream, with a place for its id."""
+    before, _, after = str(route.url_for(completion_id="-ID-")).rpartition("-ID-")
+    return f"{before}{{}}{after}?stream=true"
 
 
 def _flag(request: web.Request, name: str) -> bool:

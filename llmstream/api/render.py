@@ -10,7 +10,7 @@ import msgspec
 from llmstream.errors import error_body
 from llmstream.store.entry import Entry
 from llmstream.transcript import Transcript
-from llmstream.types import Delta, Event, EventId, Failure, Finished, Job, JobState, Payload, Restart, Started, Usage
+from llmstream.types import Delta, EventId, Failure, Finished, Job, JobState, Payload, Restart, Started, Usage
 
 _json: Callable[[Any], bytes] = msgspec.json.Encoder().encode
 
@@ -33,8 +33,9 @@ class Format(Protocol):
     def key(self) -> object:
         """Readers with equal keys get equal bytes, so these are made once."""
 
-    def render(self, event: Event) -> bytes:
-        """Zero or more SSE frames. Only the last bears the event's id, so that nobody resumes in between."""
+    def render(self, attempt: int, seq: int, data: Payload) -> bytes:
+        """Zero or more SSE frames for the event ``attempt-seq``. Only the last bears this id, so that nobody resumes
+        in between."""
 
     def broken(self, failure: Failure) -> bytes:
         """The frame that says why the stream ends before the log does. It is no event and has no id."""
@@ -44,7 +45,9 @@ def render_entry(entry: Entry, wire: Format) -> bytes:
     """The frames of an entry, made by whoever needs them first."""
     made = entry.rendered.get(wire.key)
     if made is None:
-        made = entry.rendered[wire.key] = b"".join([wire.render(event) for event in entry.events])
+        attempt, render = entry.attempt, wire.render
+        frames = [render(attempt, seq, data) for seq, data in enumerate(entry.payloads, entry.start)]
+        made = entry.rendered[wire.key] = b"".join(frames)
     return made
 
 
@@ -53,14 +56,13 @@ class NativeFormat:
 
     key = "native"
 
-    def render(self, event: Event) -> bytes:
-        data = event.data
+    def render(self, attempt: int, seq: int, data: Payload) -> bytes:
         if isinstance(data, Finished) and data.usage is not None:
             usage = b"data: " + _json({"type": "usage", **usage_body(data.usage)}) + b"\n\n"
-            return usage + _frame(event, _native_finished(data))
+            return usage + _frame(attempt, seq, _native_finished(data))
         if isinstance(data, Delta) and not (data.text or data.fields):
             return b""  # only says why the answer ended; "complete" follows
-        return _frame(event, _native(event.id.attempt, data))
+        return _frame(attempt, seq, _native(attempt, data))
 
     def broken(self, failure: Failure) -> bytes:
         return b"data: %s\n\n" % _json({"type": "error", **error_body(failure)})
@@ -89,8 +91,8 @@ def _native_finished(data: Finished) -> dict[str, Any]:
     return {"type": "complete"} if data.reason is None else {"type": "complete", "finish_reason": data.reason}
 
 
-def _frame(event: Event, body: dict[str, Any]) -> bytes:
-    return b"id: %d-%d\ndata: %s\n\n" % (*event.id, _json(body))
+def _frame(attempt: int, seq: int, body: dict[str, Any]) -> bytes:
+    return b"id: %d-%d\ndata: %s\n\n" % (attempt, seq, _json(body))
 
 
 class ChatFormat:
@@ -113,43 +115,44 @@ class ChatFormat:
         }
         self._head = _json(head)[:-1]
 
-    def render(self, event: Event) -> bytes:
-        data = event.data
+    def render(self, attempt: int, seq: int, data: Payload) -> bytes:
         if isinstance(data, Delta):
-            return b"id: %d-%d\ndata: %s%s}\n\n" % (*event.id, self._head, _choice(data))
+            return b"id: %d-%d\ndata: %s%s}\n\n" % (attempt, seq, self._head, _choice(data))
         if isinstance(data, Started):
-            return self._roles(event) if event.id.attempt == 1 else b""
+            return self._roles(attempt, seq) if attempt == 1 else b""
         if isinstance(data, Restart):
-            return self._roles(event) if event.id == self._begins_at else self._error(event, RESTARTED)
-        return self._finished(event, data)
+            begins = (attempt, seq) == self._begins_at
+            return self._roles(attempt, seq) if begins else _frame(attempt, seq, error_body(RESTARTED))
+        return self._finished(attempt, seq, data)
 
     def broken(self, failure: Failure) -> bytes:
         return b"data: %s\n\n" % _json(error_body(failure))
 
-    def _roles(self, event: Event) -> bytes:
+    def _roles(self, attempt: int, seq: int) -> bytes:
         roles = b",".join(
             b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}' % index
             for index in range(self._job.request.choices)
         )
-        return b'id: %d-%d\ndata: %s,"choices":[%s]}\n\n' % (*event.id, self._head, roles)
+        return b'id: %d-%d\ndata: %s,"choices":[%s]}\n\n' % (attempt, seq, self._head, roles)
 
-    def _finished(self, event: Event, data: Finished) -> bytes:
-        if data.status == "cancelled":
-            return self._error(event, CANCELLED)
-        if data.failure is not None:
-            return self._error(event, data.failure)
+    def _finished(self, attempt: int, seq: int, data: Finished) -> bytes:
+        failure = CANCELLED if data.status == "cancelled" else data.failure
+        if failure is not None:
+            return _frame(attempt, seq, error_body(failure))
         usage = b""
         if self._include_usage:
             counts = _json(usage_body(data.usage or Usage()))
             usage = b'data: %s,"choices":[],"usage":%s}\n\n' % (self._head, counts)
-        return usage + b"id: %d-%d\ndata: [DONE]\n\n" % event.id
-
-    @staticmethod
-    def _error(event: Event, failure: Failure) -> bytes:
-        return _frame(event, error_body(failure))
+        return usage + b"id: %d-%d\ndata: [DONE]\n\n" % (attempt, seq)
 
 
 def _choice(data: Delta) -> bytes:
+    if data.fields is None and data.logprobs is None and data.finish_reason is None:
+        text = _json(data.text)
+        return b',"choices":[{"index":%d,"delta":{"content":%s},"logprobs":null,"finish_reason":null}]' % (
+            data.index,
+            text,
+        )
     delta = {**(data.fields or {})}
     if data.text or not (delta or data.finish_reason):
         delta["content"] = data.text
@@ -208,6 +211,7 @@ def job_body(state: JobState, transcript: Transcript) -> dict[str, Any]:
         "priority": job.priority,
         "lane": job.lane,
         "attempt": state.attempt,
+        "continues": job.continues,
         "text": transcript.text,
         "finish_reason": transcript.finish_reason or state.reason,
         "usage": usage_body(usage) if usage else None,

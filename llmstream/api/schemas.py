@@ -17,15 +17,17 @@ from pydantic import (
     model_validator,
 )
 
-from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, GenerateRequest, Kind
+from llmstream.config import OnDisconnect
+from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Durability, GenerateRequest, Kind
 
 Number = StrictFloat  # takes whole numbers, too
 Tokens = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Seed = Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)]
 Priority = Annotated[StrictInt, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
+JobId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 SessionId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:@-]{1,128}$")]
 
-EXTENSIONS = frozenset({"provider", "priority", "session_id", "deadline_s"})
+EXTENSIONS = frozenset({"provider", "priority", "session_id", "deadline_s", "job_id", "on_disconnect", "durability"})
 """Fields of ours in an OpenAI body; upstreams never see them."""
 
 
@@ -68,6 +70,12 @@ class OpenAIBody(BaseModel):
     """Extension: the answer can also be read at ``/stream/{session_id}``."""
     deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None
     """Extension: seconds from now after which the job fails if it is not finished, waiting included."""
+    job_id: JobId | None = None
+    """Extension: the caller's own id; the same id is the same job."""
+    on_disconnect: OnDisconnect | None = None
+    """Extension: what becomes of the job when nobody reads it any more."""
+    durability: Durability | None = None
+    """Extension: when an event counts as logged."""
 
     @field_validator("stream_options")
     @classmethod
@@ -103,6 +111,9 @@ class ChatBody(BaseModel):
     session_id: SessionId | None = None
     provider: StrictStr | None = None
     deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None
+    job_id: JobId | None = None
+    on_disconnect: OnDisconnect | None = None
+    durability: Durability | None = None
     max_tokens: Tokens | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import StreamWriter
 from aiohttp_sse import EventSourceResponse
 
 from llmstream.api.keys import PING_S, STREAMS
+from llmstream.api.presence import attended
 from llmstream.api.render import Format, render_entry
 from llmstream.errors import BadRequest, LLMStreamError, StoreError, StoreUnavailable
 from llmstream.store.entry import Entry
@@ -20,6 +22,8 @@ from llmstream.types import BEGINNING, EventId
 
 RETRY_FRAME = b"retry: 1000\n\n"
 QUEUE_LOOK_S = 1.0
+CONGESTED_BYTES = 64 * 1024
+"""What may wait for a slow client; the rest stays in the log."""
 PROMPT_S = 0.1
 """A job that starts so soon was hardly waiting: nothing is said about it."""
 
@@ -34,21 +38,33 @@ class Stream(EventSourceResponse):
 
     def __init__(self, *, ping_s: float, headers: dict[str, str]) -> None:
         super().__init__(ping_interval=ping_s, allow_all_methods=True, sep="\n", headers=headers)
-        self.abandoned = False
-        """True once a ping found that the client is gone."""
-        self._reader = asyncio.current_task()
+        self._writer: StreamWriter | None = None
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         if request.transport is None:
             raise ConnectionResetError("the client is gone")
-        return await super().prepare(request)
+        writer = await super().prepare(request)
+        if isinstance(writer, StreamWriter):  # the server prepares each response once more when its handler returns
+            self._writer = writer
+        return writer
 
-    async def _ping(self) -> None:
-        await super()._ping()
-        # It ends by itself only for want of a client; without a word from the model the reader would never notice.
-        self.abandoned = True
-        if self._reader is not None:
-            self._reader.cancel()
+    def put(self, frames: bytes) -> bool:
+        """Writes without waiting; False when the client should be waited for before more is written.
+
+        Raises ConnectionError when the client is gone.
+        """
+        writer = self._writer
+        assert writer is not None
+        transport = writer.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client is gone")
+        if frames:
+            writer.send_headers()
+            # What aiohttp's own write does without compression, less a coroutine and four calls for each token.
+            transport.write(b"%x\r\n%b\r\n" % (len(frames), frames) if writer.chunked else frames)
+            writer.output_size += len(frames)
+            writer.buffer_size += len(frames)  # what makes its write() wait for a slow client
+        return transport.get_write_buffer_size() < CONGESTED_BYTES
 
 
 def position(request: web.Request) -> EventId:
@@ -76,28 +92,26 @@ async def serve(
 ) -> web.StreamResponse:
     """Streams everything behind the follower's position up to the terminal event; closes the follower.
 
-    A client that goes away ends only its own stream. The job goes on.
+    A client that goes away ends its own stream; what becomes of the job is the decision of its ``on_disconnect``.
     """
     task = asyncio.current_task()
     assert task is not None
+    follower.hurry()
     streams = request.app[STREAMS]
     streams.add(task)
     response = Stream(ping_s=request.app[PING_S], headers=headers)
     try:
         with follower:
-            await response.prepare(request)
-            async with response:
-                if waiting is not None:
-                    await response.write(RETRY_FRAME)
-                    await _announce(response, follower, waiting)
-                await _pump(response, follower, wire)
-            await response.write_eof()
+            async with attended(request, follower):
+                await response.prepare(request)
+                async with response:
+                    if waiting is not None:
+                        await response.write(RETRY_FRAME)
+                        await _announce(response, follower, waiting)
+                    await _pump(response, follower, wire)
+                await response.write_eof()
     except ConnectionError:
         logger.debug("the client went away", extra={"job_id": headers.get("x-job-id")})
-    except asyncio.CancelledError:
-        if not response.abandoned or task.uncancel() > 0:
-            raise
-        logger.debug("the client went away unnoticed", extra={"job_id": headers.get("x-job-id")})
     except Exception:
         if not response.prepared:
             raise
@@ -110,15 +124,21 @@ async def serve(
     return response
 
 
-async def patiently(follower: Follower) -> AsyncGenerator[list[Entry], None]:
-    """The follower's entries; while the store is away their reader waits: the answer is still coming.
+async def deliver(
+    follower: Follower, put: Callable[[Entry], bool], write: Callable[[list[Entry]], Awaitable[None]]
+) -> None:
+    """Reads a log to its end: what is logged from now on goes to ``put`` at that very moment; what has gathered, or
+    comes after ``put`` returned False, goes to ``write``. While the store is away the reader waits: the answer is
+    still coming.
 
     Raises NotFound when the log has expired, StoreError when this version cannot read it.
     """
     while True:
         try:
+            await follower.push(put)
             async for entries in follower:
-                yield entries
+                await write(entries)
+                await follower.push(put)
             return
         except StoreError:
             raise
@@ -128,10 +148,14 @@ async def patiently(follower: Follower) -> AsyncGenerator[list[Entry], None]:
 
 
 async def _pump(response: Stream, follower: Follower, wire: Format) -> None:
+    def put(entry: Entry) -> bool:
+        return response.put(render_entry(entry, wire))
+
+    async def write(entries: list[Entry]) -> None:
+        await response.write(b"".join([render_entry(entry, wire) for entry in entries]))
+
     try:
-        async with aclosing(patiently(follower)) as batches:
-            async for entries in batches:
-                await response.write(b"".join([render_entry(entry, wire) for entry in entries]))
+        await deliver(follower, put, write)
     except LLMStreamError as error:
         # Ending without a word would look like the end of the answer.
         logger.warning("a stream ended early: %s", error.message)

@@ -1,4 +1,4 @@
-"""``jobs`` and ``cancel``: what the running server has done, does and will do."""
+"""``jobs``, ``cancel`` and ``requeue``: what the running server has done, does and will do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
@@ -27,26 +28,33 @@ STYLES = {"completed": "green", "failed": "red", "cancelled": "yellow", "incompl
 def run(args: argparse.Namespace) -> int:
     if not 1 <= args.limit <= MAX_LIMIT:
         raise ConfigError(f"--limit must be from 1 to {MAX_LIMIT}, not {args.limit}.")
+    if args.id and args.dead:
+        raise ConfigError("Give a job's ID or --dead, not both.")
     settings = read_settings(args)
     return run_to_end(lambda: _show(args, settings) if args.id else _list(args, settings))
 
 
 def cancel(args: argparse.Namespace) -> int:
     settings = read_settings(args)
-    return run_to_end(lambda: _cancel(args, settings))
+    return run_to_end(lambda: _each(args, settings, lambda job_id: f"/chat/{job_id}/cancel", _cancelled))
+
+
+def requeue(args: argparse.Namespace) -> int:
+    settings = read_settings(args)
+    return run_to_end(lambda: _each(args, settings, lambda job_id: f"/jobs/{job_id}/requeue", _requeued))
 
 
 async def _list(args: argparse.Namespace, settings: Settings) -> int:
     async with open_finder(settings, args.url) as finder:
         service = await finder.require()
-        jobs = (await service.get("/jobs", limit=args.limit))["data"]
+        jobs = (await service.get("/jobs/dead" if args.dead else "/jobs", limit=args.limit))["data"]
         await asyncio.gather(*(_add_standing(service, job) for job in jobs if job["status"] == "queued"))
     if args.json:
         _print_json(jobs)
     elif jobs:
         stdout_console().print(table(jobs, time.time()))
     else:
-        say("There are no jobs yet.")
+        say("No job was given up." if args.dead else "There are no jobs yet.")
     return 0
 
 
@@ -70,18 +78,31 @@ async def _show(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-async def _cancel(args: argparse.Namespace, settings: Settings) -> int:
+def _cancelled(job: dict[str, Any]) -> str:
+    return str(job["status"])
+
+
+def _requeued(job: dict[str, Any]) -> str:
+    return f"goes on as {job['task_id']}"
+
+
+async def _each(
+    args: argparse.Namespace,
+    settings: Settings,
+    path: Callable[[str], str],
+    told: Callable[[dict[str, Any]], str],
+) -> int:
     failed = 0
     async with open_finder(settings, args.url) as finder:
         service = await finder.require()
         for job_id in args.ids:
             try:
-                job = await service.post(f"/chat/{job_id}/cancel")
+                job = await service.post(path(job_id))
             except LLMStreamError as error:
                 failed += 1
                 say(f"error: {error.message}")
             else:
-                sys.stdout.write(f"{job_id} {job['status']}\n")
+                sys.stdout.write(f"{job_id} {told(job)}\n")
     return 1 if failed else 0
 
 
@@ -91,6 +112,8 @@ def table(jobs: list[dict[str, Any]], now: float) -> Table:
     for name in COLUMNS:
         right = name in {"age", "duration", "attempt"}
         shown.add_column(name, justify="right" if right else "left", no_wrap=name == "task id")
+    if why := any(job.get("error") for job in jobs):
+        shown.add_column("error")
     for job in jobs:
         status = job["status"]
         shown.add_row(
@@ -101,6 +124,7 @@ def table(jobs: list[dict[str, Any]], now: float) -> Table:
             str(job["attempt"]),
             span(now - job["created_at"]),
             _duration(job, now),
+            *([Text(job["error"]["message"] if job.get("error") else "")] if why else []),
         )
     return shown
 
@@ -136,6 +160,7 @@ def _lines(job: dict[str, Any], now: float) -> list[tuple[str, str]]:
         ("model", job["model"]),
         ("priority", f"{job['priority']} ({job['lane']})"),
         ("attempt", job["attempt"]),
+        ("continues", job.get("continues")),
         ("age", span(now - timings["created_at"])),
         ("waited", timings["queue_s"] is not None and span(timings["queue_s"])),
         ("duration", _duration(timings, now)),

@@ -18,8 +18,9 @@ Main = Callable[[], Coroutine[Any, Any, int]]
 def run(main: Main, *, on_stop: Callable[[], None] = lambda: None) -> int:
     """Returns the exit status of ``main``.
 
-    The first SIGINT or SIGTERM calls ``on_stop`` and cancels ``main``, which ends in order; when it passes the
-    cancellation on, the status is 130 or 143. From then on a SIGINT ends the process at once.
+    The first SIGINT, SIGTERM or SIGHUP calls ``on_stop`` and cancels ``main``, which ends in order; when it passes
+    the cancellation on, the status is 130, 143 or 129. From then on a SIGINT ends the process at once. Under nohup
+    a SIGHUP is nothing.
     """
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         stop = _Stop(on_stop)
@@ -48,8 +49,9 @@ class _Stop:
             self._on_stop()
             task.cancel()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop, number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, stop, number)
         return await main()
 
 

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,10 @@ from llmstream.commands.options import program, read_settings
 from llmstream.commands.progress import Bars
 from llmstream.commands.running import run as run_to_end
 from llmstream.commands.server_file import ServerFile
-from llmstream.commands.terminal import say
+from llmstream.commands.terminal import forget_stdout, has_terminal, say
 from llmstream.config import Settings, print_config
 from llmstream.config_schema import mask_url
+from llmstream.processes import collect_less
 from llmstream.telemetry import setup_logging
 
 
@@ -46,6 +47,7 @@ async def _serve(settings: Settings) -> int:
                 serving = True
                 models = [model.name for model in server.gateway.models]
                 store = (await server.gateway.health())["store"]
+                collect_less()
                 await _until_stopped(settings, server.url, facts(settings, server.url, models, store))
     except asyncio.CancelledError:
         if not serving:
@@ -61,7 +63,7 @@ async def _serve_replicas(settings: Settings) -> int:
         with Bars() as bars:
             async with Replicas(settings, progress=bars) as replicas:
                 serving = True
-                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, replicas.restart)
+                _restart_on_signals(replicas.restart)
                 store = await replicas.store.health()
                 await _until_stopped(settings, replicas.url, facts(settings, replicas.url, replicas.models, store))
     except asyncio.CancelledError:
@@ -70,11 +72,29 @@ async def _serve_replicas(settings: Settings) -> int:
     return 0
 
 
+def _restart_on_signals(restart: Callable[[], None]) -> None:
+    """SIGUSR2 asks for a restart. So does SIGHUP, unless it comes because our terminal was closed: that is the end."""
+    had_terminal = has_terminal()
+
+    def on_hangup() -> None:
+        if had_terminal and not has_terminal():
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            restart()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR2, restart)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        loop.add_signal_handler(signal.SIGHUP, on_hangup)
+
+
 async def _until_stopped(settings: Settings, url: str, lines: Sequence[str]) -> None:
     with _announced(settings, url):
-        for line in lines:
-            sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write("".join(f"{line}\n" for line in lines))
+            sys.stdout.flush()
+        except OSError:  # whoever closed the terminal or the pipe may want the server all the same
+            forget_stdout()
         await asyncio.Event().wait()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import select
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,9 +20,24 @@ UNBOUND_WIDTH = 200
 
 
 def say(text: str) -> None:
-    """Tells the user something beside the answer."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    """Tells the user something beside the answer, unless the terminal is gone."""
+    with suppress(OSError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+def forget_stdout() -> None:
+    """Nobody reads our output any more; nor shall Python try to write what is left when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def has_terminal() -> bool:
+    """Whether this process belongs to a terminal that has not been closed."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def stdout_console() -> Console:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest, ModelInfo
+
+
+class Sink(Protocol):
+    """Where a provider puts what it generates."""
+
+    @property
+    def congested(self) -> bool:
+        """Whether the provider should wait for ``drained`` before it puts more."""
+
+    def put(self, deltas: Sequence[Delta]) -> None:
+        """Takes one or more new deltas; never raises, and may be called from any callback of the event loop."""
+
+    async def drained(self) -> None:
+        """Returns when there is room again; what it raises ends the generation."""
 
 
 class Provider(Protocol):
@@ -41,12 +55,12 @@ class Provider(Protocol):
     def can_continue(self, request: GenerateRequest, so_far: Transcript) -> bool:
         """Whether ``generate`` can go on from the last logged token of ``so_far``."""
 
-    def generate(self, request: GenerateRequest, so_far: Transcript | None) -> AsyncGenerator[Sequence[Delta], None]:
-        """Generates, or continues ``so_far`` (None: from the start), in batches of one or more deltas.
+    async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
+        """Generates into ``sink``, or continues ``so_far`` (None: from the start), until the answer is whole.
 
-        Yields only what is new. The last deltas carry ``finish_reason`` per choice and ``usage`` (of the whole answer,
+        Puts only what is new. The last deltas carry ``finish_reason`` per choice and ``usage`` (of the whole answer,
         what ``so_far`` holds included). Ending without a finish reason is an error of the provider, which raises
-        UpstreamBroken instead. Closing the iterator stops the model at once. Raises ProviderError.
+        UpstreamBroken instead. Cancelling stops the model at once. Raises ProviderError.
         """
 
     async def health(self) -> dict[str, object]:

@@ -81,7 +81,7 @@ class EventStream:
         return events
 
 
-class _Choice(Struct):
+class _Choice(Struct, gc=False):
     index: int = 0
     delta: dict[str, Any] | None = None
     message: dict[str, Any] | None = None
@@ -90,7 +90,7 @@ class _Choice(Struct):
     logprobs: dict[str, Any] | None = None
 
 
-class _Chunk(Struct):
+class _Chunk(Struct, gc=False):
     choices: list[_Choice] | None = None
     usage: dict[str, Any] | None = None
     error: Any = None
@@ -133,21 +133,28 @@ class Answer(ABC):
         self.failure, self.ended = failure, True
         return []
 
-    def _read(self, payload: bytes) -> list[Delta]:
+    def _read(self, payload: bytes, deltas: list[Delta]) -> None:
+        """Adds what one chunk, or a whole answer, says."""
         try:
             chunk = _decode_chunk(payload)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            return self._fail(f"sent something malformed: {error}")
+            self._fail(f"sent something malformed: {error}")
+            return
         if chunk.error:
-            return self._fail(f"reported an error instead of an answer: {complaint(chunk.error).message}")
-        deltas = [delta for choice in chunk.choices or () if (delta := self._delta(choice))]
+            self._fail(f"reported an error instead of an answer: {complaint(chunk.error).message}")
+            return
+        added = len(deltas)
+        deltas += [delta for choice in chunk.choices or () if (delta := self._delta(choice))]
         if chunk.usage:
-            last = deltas.pop() if deltas else Delta()
+            last = deltas.pop() if len(deltas) > added else Delta()
             deltas.append(msgspec.structs.replace(last, usage=_usage(chunk.usage)))
-        return deltas
 
     def _delta(self, choice: _Choice) -> Delta | None:
         self._seen.add(choice.index)
+        if choice.delta and len(choice.delta) == 1 and not (choice.finish_reason or choice.logprobs):
+            text = choice.delta.get("content")
+            if text and type(text) is str:  # nearly all chunks are so plain
+                return Delta(text, choice.index)
         if choice.finish_reason == "error":
             self._fail("gave up in the middle of the answer")
             return None
@@ -199,7 +206,7 @@ class ChunkStream(Answer):
             if event.startswith(_DONE):
                 self.cut("said [DONE] before the answer was whole: a finish reason is missing")
             elif event:
-                deltas += self._read(event)
+                self._read(event, deltas)
         return deltas
 
 
@@ -217,7 +224,8 @@ class WholeAnswer(Answer):
         return []
 
     def close(self) -> list[Delta]:
-        deltas = self._read(bytes(self._body))
+        deltas: list[Delta] = []
+        self._read(bytes(self._body), deltas)
         self.cut("sent an answer without a finish reason")
         return deltas
 

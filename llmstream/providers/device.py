@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from llmstream.errors import BadRequest, ConfigError, EngineCrashed, ProviderError, UpstreamBroken, UpstreamRejected
+from llmstream.providers.base import Sink
 from llmstream.providers.engines.base import EngineInfo, EngineSpec, Generation
 from llmstream.providers.engines.process import EngineProcess
 from llmstream.providers.engines.wire import (
@@ -96,16 +97,17 @@ class Device:
             raise _refusal(counted.failure)
         return counted.tokens
 
-    async def start(self, request: GenerateRequest, text: str = "", tokens: tuple[int, ...] = ()) -> Stream:
+    async def start(self, request: GenerateRequest, sink: Sink, text: str = "", tokens: tuple[int, ...] = ()) -> Stream:
         """Begins a generation, behind ``text`` where there is some; give it back with :meth:`stop`."""
         await self._wait_ready()
-        stream = Stream(next(self._ids))
+        stream = Stream(next(self._ids), sink)
         self._send(Start(Generation(stream.id, request, text, tokens)))
         self._streams[stream.id] = stream
         return stream
 
     async def stop(self, stream: Stream) -> None:
         """Returns once the generation holds no slot any more, whoever is cancelled meanwhile."""
+        stream.mute()
         if not stream.done.is_set():
             task = asyncio.create_task(self._stop(stream), name=f"stop-generation-{stream.id}")
             self._stops.add(task)

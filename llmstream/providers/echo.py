@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -19,6 +19,7 @@ from llmstream.errors import (
     UpstreamBroken,
     UpstreamRejected,
 )
+from llmstream.providers.base import Sink
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest, ModelInfo, Usage
 
@@ -114,9 +115,7 @@ class EchoProvider:
         plan, produced = self._plan(request, _options(request)), len(so_far.tokens)
         return produced <= plan.length and so_far.text == "".join(map(plan.token, range(produced)))
 
-    async def generate(
-        self, request: GenerateRequest, so_far: Transcript | None
-    ) -> AsyncGenerator[Sequence[Delta], None]:
+    async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
         await self.check(request)
         options = _options(request)
         plan = self._plan(request, options, faulty=self._faulty(request, options))
@@ -127,11 +126,13 @@ class EchoProvider:
                 if plan.fault_at == position:
                     await self._fail(options)
                 step = await self._pace(plan, position)
-                yield plan.batch(position, position + step)
+                sink.put(plan.batch(position, position + step))
+                if sink.congested:
+                    await sink.drained()
                 position += step
             if plan.fault_at == position:
                 await self._fail(options)
-            yield plan.end()
+            sink.put(plan.end())
         finally:
             self.running -= 1
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from llmstream.config import ModelSettings
 from llmstream.errors import BadRequest, ContextLengthExceeded, UpstreamBroken
+from llmstream.providers.base import Sink
 from llmstream.providers.device import Device
 from llmstream.providers.engines.base import EngineSpec
 from llmstream.providers.fields import check_fields
 from llmstream.transcript import Transcript
-from llmstream.types import Delta, GenerateRequest, ModelInfo
+from llmstream.types import GenerateRequest, ModelInfo
 
 
 class LocalProvider:
@@ -85,19 +86,14 @@ class LocalProvider:
         plain = request.kind == "completion" or details.get("continues_chat", True)
         return request.choices == 1 and not bound and not tools and bool(plain) and so_far.continuable
 
-    async def generate(
-        self, request: GenerateRequest, so_far: Transcript | None
-    ) -> AsyncGenerator[Sequence[Delta], None]:
+    async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
         text, tokens = (so_far.text, tuple(so_far.tokens)) if so_far else ("", ())
-        unfinished = set(range(request.choices))
-        stream = await self._device.start(request, text, tokens)
+        stream = await self._device.start(request, sink, text, tokens)
         try:
-            async for batch in stream.batches():
-                unfinished -= {delta.index for delta in batch if delta.finish_reason}
-                yield batch
+            await stream.ended()
         finally:
             await self._device.stop(stream)
-        if unfinished:
+        if len(stream.finished) < request.choices:
             raise UpstreamBroken(f"The engine of {self._name!r} stopped in the middle of an answer.")
 
     async def health(self) -> dict[str, object]:

@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import aiohttp
 import msgspec
 import openai
 
 from llmstream.config import ProviderSettings
 from llmstream.errors import ConfigError, ProviderError, UpstreamBroken
+from llmstream.providers.base import Sink
 from llmstream.providers.chunks import Answer, ChunkStream, WholeAnswer
+from llmstream.providers.http.client import Client
+from llmstream.providers.http.connection import Broken, Connection
+from llmstream.providers.http.origin import target
 from llmstream.providers.prefill import produced_tokens, upstream_body, with_earlier
 from llmstream.providers.refusals import refusal
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest, Kind, ModelInfo
 
 HEALTH_S = 2.0
-_EOF_S = 0.05
 _ERROR_BODY_S = 2.0
 _ERROR_BODY_BYTES = 64 * 1024
 _PATHS: Final[dict[Kind, str]] = {"chat": "/chat/completions", "completion": "/completions"}
-_BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
 
 
 class OpenAIProvider:
@@ -42,17 +43,14 @@ class OpenAIProvider:
     def __init__(self, name: str, settings: ProviderSettings, *, slots: int) -> None:
         self.name = name
         self.slots = slots
+        self.models: Sequence[ModelInfo] = [ModelInfo(name=model, provider=name) for model in settings.models]
         self._settings = settings
         self._key = settings.api_key.get_secret_value().strip() if settings.api_key else ""
         root, mark, query = settings.base_url.partition("?")
         self._root, self._query = root.rstrip("/"), query
-        self._urls = {kind: f"{self._root}{path}{mark}{query}" for kind, path in _PATHS.items()}
-        self._session: aiohttp.ClientSession | None = None
+        self._targets = {kind: target(f"{self._root}{path}{mark}{query}") for kind, path in _PATHS.items()}
+        self._client: Client | None = None
         self._sdk: openai.AsyncOpenAI | None = None
-
-    @property
-    def models(self) -> Sequence[ModelInfo]:
-        return [ModelInfo(name=model, provider=self.name) for model in self._settings.models]
 
     async def open(self) -> None:
         self._check_settings()
@@ -60,14 +58,15 @@ class OpenAIProvider:
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json", "User-Agent": "llmstream"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        connect_s = self._settings.connect_timeout_s
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self.slots),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers=headers,
-            proxy=_proxy(self._root),
-            timeout=aiohttp.ClientTimeout(total=None, connect=connect_s, sock_connect=connect_s),
-        )
+        connect_s, proxy = self._settings.connect_timeout_s, _proxy(self._root)
+        try:
+            self._client = Client(self._root, headers=headers, limit=self.slots, connect_s=connect_s, proxy=proxy)
+        except UnicodeError as error:
+            raise ConfigError(
+                f"providers.{self.name}.base_url: the name of its host, or of the proxy that the environment asks "
+                f"for, is not one: {error}",
+                param="base_url",
+            ) from None
         self._sdk = openai.AsyncOpenAI(
             api_key=self._key or "none", base_url=self._root, max_retries=0, default_query=dict(parse_qsl(self._query))
         )
@@ -75,10 +74,10 @@ class OpenAIProvider:
         self._sdk.organization = self._sdk.project = None
 
     async def close(self) -> None:
-        session, self._session = self._session, None
+        client, self._client = self._client, None
         sdk, self._sdk = self._sdk, None
-        if session is not None:
-            await session.close()
+        if client is not None:
+            client.close()
         if sdk is not None:
             await sdk.close()
 
@@ -97,24 +96,28 @@ class OpenAIProvider:
             and (so_far.empty or so_far.continuable)
         )
 
-    async def generate(
-        self, request: GenerateRequest, so_far: Transcript | None
-    ) -> AsyncGenerator[Sequence[Delta], None]:
+    async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
         produced = produced_tokens(so_far)
         if so_far is not None and request.max_tokens is not None and request.max_tokens <= produced:
-            yield [Delta(finish_reason="length", usage=so_far.usage)]
+            sink.put([Delta(finish_reason="length", usage=so_far.usage)])
             return
-        async with self._ask(request.kind, upstream_body(request, so_far)) as response:
-            answer = self._answer(response, request.choices)
-            while not answer.ended:
-                deltas = await self._next(response, answer)
-                if so_far is not None:
-                    deltas = [with_earlier(delta, so_far, produced) for delta in deltas]
-                if deltas:
-                    yield deltas
-            if answer.failure is not None:
-                raise UpstreamBroken(self._says(answer.failure))
-            await _drain(response)
+
+        def put(deltas: list[Delta]) -> None:
+            if so_far is not None:
+                deltas = [with_earlier(delta, so_far, produced) for delta in deltas]
+            if deltas:
+                sink.put(deltas)
+
+        if self._client is None:
+            raise ProviderError(self._says("is not open"))
+        body = msgspec.json.encode(upstream_body(request, so_far))
+        try:
+            async with self._client.post(self._targets[request.kind], body) as response:
+                if response.status != 200:
+                    raise await self._refusal(response)
+                await self._read(response, self._answer(response, request.choices), put, sink)
+        except Broken as error:
+            raise UpstreamBroken(self._says(f"could not be reached: {error}")) from None
 
     async def health(self) -> dict[str, object]:
         """Asks for the list of models."""
@@ -148,46 +151,43 @@ class OpenAIProvider:
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError(f"{where}.api_key: has characters that no HTTP header can hold", param="api_key")
 
-    @asynccontextmanager
-    async def _ask(self, kind: Kind, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Sends a request; the block gets an answer with status 200. Leaving it stops the upstream."""
-        if self._session is None:
-            raise ProviderError(self._says("is not open"))
-        try:
-            response = await self._session.post(self._urls[kind], data=msgspec.json.encode(body), allow_redirects=False)
-        except _BROKEN as error:
-            # The original may hold the request's headers, and with them the key.
-            raise UpstreamBroken(self._says(f"could not be reached: {_describe(error)}")) from None
-        try:
-            if response.status != 200:
-                raise await self._refusal(response)
-            yield response
-        finally:
-            response.close()
-
-    def _answer(self, response: aiohttp.ClientResponse, choices: int) -> Answer:
-        kind = response.headers.get("Content-Type", "")
+    def _answer(self, response: Connection, choices: int) -> Answer:
+        kind, coding = response.headers.get("content-type", ""), response.headers.get("content-encoding", "identity")
+        if coding != "identity":
+            raise UpstreamBroken(self._says(f"compresses its answers ({coding}), though it is asked not to"))
         if kind.startswith("application/json"):
             return WholeAnswer(choices)
         if kind.startswith("text/html"):
             raise UpstreamBroken(self._says(f"answered a web page; check providers.{self.name}.base_url"))
         return ChunkStream(choices)
 
-    @staticmethod
-    async def _next(response: aiohttp.ClientResponse, answer: Answer) -> list[Delta]:
-        try:
-            data = await response.content.readany()
-        except _BROKEN as error:
-            answer.cut(f"broke the connection off: {_describe(error)}")
-            return []
-        return answer.feed(data) if data else answer.close()
+    async def _read(self, response: Connection, answer: Answer, put: Callable[[list[Delta]], None], sink: Sink) -> None:
+        """Reads an answer to its end; raising stops the upstream."""
 
-    async def _refusal(self, response: aiohttp.ClientResponse) -> ProviderError:
+        def take(data: bytes) -> bool:
+            put(answer.feed(data))
+            return not (answer.ended or sink.congested)
+
+        try:
+            while await response.read(take) and not answer.ended:
+                await sink.drained()
+            if not answer.ended:
+                put(answer.close())
+        except Broken as error:
+            answer.cut(f"broke the connection off: {error}")
+        if answer.failure is not None:
+            raise UpstreamBroken(self._says(answer.failure))
+
+    async def _refusal(self, response: Connection) -> ProviderError:
         body = bytearray()
-        with suppress(*_BROKEN):
+
+        def take(data: bytes) -> bool:
+            body.extend(data)
+            return len(body) < _ERROR_BODY_BYTES
+
+        with suppress(Broken, TimeoutError):
             async with asyncio.timeout(_ERROR_BODY_S):
-                while len(body) < _ERROR_BODY_BYTES and (data := await response.content.readany()):
-                    body += data
+                await response.read(take)
         return refusal(response.status, response.headers, self._scrubbed(bytes(body)), provider=self.name)
 
     def _says(self, what: str) -> str:
@@ -195,25 +195,6 @@ class OpenAIProvider:
 
     def _scrubbed(self, text: bytes) -> bytes:
         return text.replace(self._key.encode(), b"********") if self._key else text
-
-
-def _describe(error: BaseException) -> str:
-    """What an error of the connection says, without URLs and headers."""
-    if isinstance(error, aiohttp.ClientResponseError):
-        return f"{error.status} {error.message}"
-    if isinstance(error, aiohttp.ClientPayloadError):
-        return "the answer is not whole"
-    if isinstance(error, TimeoutError):
-        return "there was no connection in time"
-    return str(error) or type(error).__name__
-
-
-async def _drain(response: aiohttp.ClientResponse) -> None:
-    """Waits a moment for the end that follows [DONE], so that the connection can be used again."""
-    with suppress(*_BROKEN):
-        async with asyncio.timeout(_EOF_S):
-            while not response.content.at_eof():
-                await response.content.readany()
 
 
 def _proxy(url: str) -> str | None:

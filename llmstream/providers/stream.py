@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 
 from llmstream.errors import ProviderError
+from llmstream.providers.base import Sink
 from llmstream.types import Delta
 
 
 class Stream:
-    """What one generation has produced and nobody has taken yet."""
+    """One generation: where its deltas go, and how it ends."""
 
-    def __init__(self, id: int) -> None:  # noqa: A002 (the wire's name)
+    def __init__(self, id: int, sink: Sink) -> None:  # noqa: A002 (the wire's name)
         self.id = id
         self.done = asyncio.Event()
-        self._deltas: list[Delta] = []
+        self.finished: set[int] = set()
+        """Choices that came to their end."""
+        self._sink: Sink | None = sink
         self._error: ProviderError | None = None
-        self._changed = asyncio.Event()
 
-    def add(self, deltas: list[Delta]) -> None:
-        self._deltas += deltas
-        self._changed.set()
+    def add(self, deltas: Sequence[Delta]) -> None:
+        if self._sink is not None and deltas:
+            self._sink.put(deltas)
+            self.finished.update(delta.index for delta in deltas if delta.finish_reason)
+
+    def mute(self) -> None:
+        """Nobody wants more; the generation goes on until it is stopped."""
+        self._sink = None
 
     def end(self, error: ProviderError | None = None) -> None:
         if not self.done.is_set():
             self._error = error
             self.done.set()
-            self._changed.set()
 
-    async def batches(self) -> AsyncIterator[list[Delta]]:
-        """Everything that waits, each time there is something, to the end. Raises what ended the generation."""
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            if self._deltas:
-                batch, self._deltas = self._deltas, []
-                yield batch
-            if self.done.is_set() and not self._deltas:
-                if self._error:
-                    raise self._error
-                return
+    async def ended(self) -> None:
+        """Returns at the end of the answer. Raises what broke it."""
+        await self.done.wait()
+        if self._error is not None:
+            raise self._error

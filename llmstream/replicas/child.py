@@ -9,15 +9,20 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
 from typing import BinaryIO
 
 import msgspec
 
 from llmstream.errors import ConfigError, LLMStreamError
-from llmstream.processes import follow_parent, loop_factory
-from llmstream.replicas.wire import Failed, Ready, Report, Start, read_start
+from llmstream.processes import collect_less, follow_parent, loop_factory
+from llmstream.replicas.wire import Alive, Failed, Ready, Report, Start, read_start
 from llmstream.server import Server
 from llmstream.telemetry import setup_logging
+
+BEATS = 8
+"""Signs of life in the time after which their absence counts as a hang."""
+MAX_BEAT_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +42,7 @@ def main() -> int:
         return runner.run(_serve(start, reports))
 
 
-async def _serve(start: Start, reports: BinaryIO) -> int:
+async def _serve(start: Start, reports: int) -> int:
     task = asyncio.current_task()
     assert task is not None
     stopping = asyncio.Event()
@@ -49,11 +54,14 @@ async def _serve(start: Start, reports: BinaryIO) -> int:
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
     sockets = [socket.socket(fileno=number) for number in start.descriptors]
+    beat_s = min(start.settings.server.worker_timeout_s / BEATS, MAX_BEAT_S)
+    beating = asyncio.create_task(_show_life(reports, beat_s), name="signs-of-life")
     try:
         async with Server(start.settings, sockets=sockets) as server:
             gateway = server.gateway
             models = [model.name for model in gateway.models]
             _report(reports, Ready(gateway.replica, gateway.pools, models))
+            collect_less()
             await asyncio.Event().wait()
     except asyncio.CancelledError:
         if not stopping.is_set():
@@ -64,17 +72,28 @@ async def _serve(start: Start, reports: BinaryIO) -> int:
             logger.exception("the replica failed")
         _report(reports, Failed(str(error) if known else repr(error), isinstance(error, ConfigError)))
         return 1
+    finally:
+        beating.cancel()
     return 0
 
 
-def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
+async def _show_life(reports: int, every_s: float) -> None:
+    while True:
+        # A supervisor that is stopped reads nothing, which must not stop us.
+        with suppress(BlockingIOError):
+            _report(reports, Alive())
+        await asyncio.sleep(every_s)
+
+
+def _take_pipes() -> tuple[BinaryIO, int]:
     """Keeps the pipes to the supervisor for ourselves: what libraries print must not look like a report."""
     commands, reports = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
-    return os.fdopen(commands, "rb"), os.fdopen(reports, "wb")
+    os.set_blocking(reports, False)
+    return os.fdopen(commands, "rb"), reports
 
 
 def _end_with(commands: BinaryIO) -> None:
@@ -83,9 +102,8 @@ def _end_with(commands: BinaryIO) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _report(pipe: BinaryIO, report: Report) -> None:
-    pipe.write(msgspec.json.encode(report) + b"\n")
-    pipe.flush()
+def _report(pipe: int, report: Report) -> None:
+    os.write(pipe, msgspec.json.encode(report) + b"\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ import msgspec
 from llmstream.config import Settings
 from llmstream.errors import ConfigError, LLMStreamError
 from llmstream.processes import module_command
-from llmstream.replicas.wire import Ready, Report, Start, packed
+from llmstream.replicas.wire import Failed, Ready, Report, Start, packed
+
+START_SILENCE_S = 60.0
+"""Without a sign of life while it starts: what it imports may come from a slow disk."""
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,10 @@ class NotStarted(LLMStreamError):
     """A replica process ended before it was ready."""
 
     code, retryable = "replica_not_started", True
+
+
+class Silent(NotStarted):
+    """A replica process hangs."""
 
 
 class ReplicaProcess:
@@ -58,20 +65,28 @@ class ReplicaProcess:
 
     async def ready(self) -> Ready:
         """Waits until it listens. Raises ConfigError or NotStarted with the process's own words."""
-        assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line:
-            status = await self.wait()
-            raise NotStarted(f"Replica process {self.pid} {_how(status)} before it was ready.")
-        report = msgspec.json.decode(line, type=Report)
-        if not isinstance(report, Ready):
-            raise ConfigError(report.message) if report.misconfigured else NotStarted(report.message)
-        self.report = report
-        return report
+        while (report := await self._next_report(START_SILENCE_S)) is not None:
+            if isinstance(report, Failed):
+                raise ConfigError(report.message) if report.misconfigured else NotStarted(report.message)
+            if isinstance(report, Ready):
+                self.report = report
+                return report
+        status = await self.wait()
+        raise NotStarted(f"Replica process {self.pid} {_how(status)} before it was ready.")
 
     async def wait(self) -> int:
         """Waits for its end; the exit status, negative for a signal."""
         return await self._process.wait()
+
+    async def watch(self, silence_s: float) -> None:
+        """Waits for its end; kills it when it shows no life for so long."""
+        try:
+            while await self._next_report(silence_s) is not None:
+                pass
+        except Silent as silent:
+            logger.error("%s It is killed.", silent.message)
+            self._signal(signal.SIGKILL)
+        await self.wait()
 
     async def stop(self, deadline_s: float) -> None:
         """Asks it to hand over and end; kills it after the deadline."""
@@ -91,6 +106,17 @@ class ReplicaProcess:
     def ended(self) -> str:
         """How it ended, for people."""
         return _how(self._process.returncode)
+
+    async def _next_report(self, silence_s: float) -> Report | None:
+        """Waits for the next report; None when there are no more. Raises Silent."""
+        assert self._process.stdout is not None
+        # In two halves: when it was this process that slept, the first one ends before what came meanwhile is read.
+        for _ in range(2):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(silence_s / 2):
+                    line = await self._process.stdout.readline()
+                    return msgspec.json.decode(line, type=Report) if line else None
+        raise Silent(f"Replica process {self.pid} showed no life for {silence_s:g} s.")
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):

@@ -36,14 +36,15 @@ class Crew(Protocol):
 
 
 class Slot:
-    """Replaces its process when it dies, and on request without a moment between the old one and the new.
+    """Replaces its process when it dies or hangs, and on request without a moment between the old one and the new.
 
     The listening socket belongs to the slot: a successor takes it over together with the connections that wait in it.
     """
 
-    def __init__(self, crew: Crew, bind: Bind) -> None:
+    def __init__(self, crew: Crew, bind: Bind, silence_s: float) -> None:
         self._crew = crew
         self._bind = bind
+        self._silence_s = silence_s
         self._sockets: list[socket.socket] = []
         self._process: ReplicaProcess | None = None
         self._lock = asyncio.Lock()
@@ -62,11 +63,11 @@ class Slot:
         return self._process
 
     async def keep(self) -> None:
-        """Replaces every process that dies; runs until it is cancelled."""
+        """Replaces every process that dies or shows no life; runs until it is cancelled."""
         while True:
             process = self._process
             assert process is not None
-            await process.wait()
+            await process.watch(self._silence_s)
             if process is self._process:
                 if not self._lock.locked():
                     # Nobody would accept what the kernel still put into this socket's queue.

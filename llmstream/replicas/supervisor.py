@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Replicas:
-    """``server.workers`` processes on one port over one store, each replaced when it dies.
+    """``server.workers`` processes on one port over one store, each replaced when it dies or hangs.
 
     The store belongs to this process: it outlives the replicas, and what a dead one held goes to the others at once.
     Raises ConfigError on entering when something is missing, saying what to do. ``progress`` hears how far the
@@ -77,7 +77,10 @@ class Replicas:
             await pull_weights(self.settings, self._progress)
             self._store = await stack.enter_async_context(open_store(self.settings.store, self.settings.data_dir))
             self._replica_settings = _for_one_replica(self.settings, self._store.url)
-            self._slots = [Slot(self, lambda: another(reserved)) for _ in range(self.settings.server.workers)]
+            server = self.settings.server
+            self._slots = [
+                Slot(self, lambda: another(reserved), server.worker_timeout_s) for _ in range(server.workers)
+            ]
             stack.push_async_callback(self._end_processes)
             processes = await _fill(self._slots)
             self._first = processes[0].report

@@ -1,7 +1,8 @@
 """What the supervisor and a replica process tell each other.
 
 Down the process's standard input goes one :class:`Start`; then the pipe stays open, and its end means that the
-supervisor is gone. Up its standard output comes one line, a :class:`Ready` or a :class:`Failed`.
+supervisor is gone. Up its standard output come lines: one :class:`Ready` or :class:`Failed`, and before and after it
+:class:`Alive` again and again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ class Failed(Struct, frozen=True, tag=True):
     """Trying again cannot help."""
 
 
-Report = Ready | Failed
+class Alive(Struct, frozen=True, tag=True):
+    """The replica's event loop goes round."""
+
+
+Report = Ready | Failed | Alive
 
 
 def packed(start: Start) -> bytes:

@@ -7,16 +7,31 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from llmstream.config import DeadlineSettings, SchedulerSettings
-from llmstream.errors import Fenced, NotFound, ShuttingDown, StoreUnavailable
+from llmstream.errors import (
+    DeadlineExceeded,
+    Fenced,
+    LLMStreamError,
+    NotFound,
+    Overloaded,
+    ShuttingDown,
+    StoreUnavailable,
+)
 from llmstream.routing.router import REMOTE, Router
+from llmstream.scheduler.audience import Audience
+from llmstream.scheduler.line import Line
 from llmstream.scheduler.worker import Worker
-from llmstream.store.lanes import Claimed, Lanes
+from llmstream.store.lanes import Claimed, Lanes, Standing
+from llmstream.store.memory import in_memory
 from llmstream.store.store import Store
-from llmstream.types import Clock, Failure, Finished
+from llmstream.types import Clock, Finished, Job
 
 CLAIM_BATCH = 64
+NO_CLAIM = 0
+"""The number that memory jobs run under, which no store has given out."""
 MAX_BEAT_S = 0.5
 RECONCILE_BEATS = 20
 """So often the claims are compared without a reason to doubt them: an answer may get lost after it was looked for."""
@@ -24,6 +39,8 @@ PATIENCE_S = 0.01
 """How long a replica that has its share leaves further jobs to the others, who have been told. They may be gone."""
 HARD_STOP_S = 5.0
 """After the grace time: what a job gets to reach a token boundary and hand over."""
+OVERDUE = "The job was still waiting at its deadline."
+GONE_WITH_US = "The replica shut down, and a memory job ends with it; send the request again."
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +48,14 @@ logger = logging.getLogger(__name__)
 class Pool:
     """The slots of one pool on this replica and the jobs in them."""
 
-    def __init__(self, lanes: Lanes, slots: int) -> None:
+    def __init__(self, lanes: Lanes, slots: int, line: Line) -> None:
         self.lanes = lanes
         self.slots = slots
+        self.line = line
+        """The memory jobs that wait here."""
         self.running: dict[str, Worker] = {}
+        self.unclaimed: set[str] = set()
+        """Those of the running ones that the store does not know: memory jobs."""
         self.wake = asyncio.Event()
         self.claiming = 0
         """Jobs that a claim under way may bring."""
@@ -43,14 +64,23 @@ class Pool:
         self.yielding = False
         """Whether jobs wait that are left to other replicas for a moment."""
         self.cancelled_since_ms = 0
+        self.store_ahead_ms = 0.0
+        """What the store's clock shows beyond the event loop's."""
         self.unsure = False
         """True after a lost answer: the store may count jobs as ours that do not run here, or the other way round."""
+        self.life = 0
+        """The server's life that has all our claims."""
         self.beats = 0
         self.last_beat = 0.0
 
     @property
     def free(self) -> int:
         return self.slots - len(self.running)
+
+    @property
+    def claimed(self) -> dict[str, Worker]:
+        """Running jobs that the store counts as ours."""
+        return {job_id: worker for job_id, worker in self.running.items() if job_id not in self.unclaimed}
 
 
 class Scheduler:
@@ -79,27 +109,33 @@ class Scheduler:
         self._tasks: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._closing = False
+        self.audience = Audience(store, replica, clock=clock, stop_job=self.stop_job)
         self.pools: dict[str, Pool] = {}
         for name, providers in router.pools.items():
             slots = settings.remote_slots if name == REMOTE else sum(provider.slots for provider in providers)
-            self.pools[name] = Pool(store.lanes(name, settings), slots)
+            self.pools[name] = Pool(store.lanes(name, settings), slots, Line(settings.ageing_s))
 
     async def open(self) -> None:
         self._store.signals.on_work = self.kick
         self._store.signals.on_cancel = self.stop_job
+        self._store.memory.on_unread = self._end_unread
         for pool in self.pools.values():
             await self._beat(pool)
+        await self.audience.open()
         for name, pool in self.pools.items():
             self._loops.append(asyncio.create_task(self._claim(name, pool), name=f"claim-{name}"))
             self._loops.append(asyncio.create_task(self._heartbeats(pool), name=f"heartbeat-{name}"))
 
     async def close(self, grace_s: float) -> None:
-        """Stops claiming. Jobs that others can continue are handed over at once, the rest within ``grace_s``."""
+        """Stops claiming. Jobs that others can continue are handed over at once, the rest within ``grace_s``; memory
+        jobs that have not ended by then fail."""
         self._closing = True
         for pool in self.pools.values():
             pool.wake.set()
+            for job_id in pool.line.ids:
+                await self._end(pool, job_id, ShuttingDown(GONE_WITH_US))
         reason = ShuttingDown("This replica shuts down; another one goes on.")
-        self._interrupt_all(reason, lambda worker: worker.can_hand_over)
+        self._interrupt_all(reason, lambda worker: worker.can_hand_over and not in_memory(worker.job_id))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=grace_s)
         self._interrupt_all(reason, lambda worker: True)
@@ -107,6 +143,7 @@ class Scheduler:
             await asyncio.wait(self._tasks, timeout=HARD_STOP_S)
         await _cancel(self._tasks)
         await _cancel(self._loops)
+        await self.audience.close()
         for pool in self.pools.values():
             try:
                 await pool.lanes.leave(self.replica)
@@ -121,9 +158,35 @@ class Scheduler:
     def stop_job(self, job_id: str) -> None:
         """Stops a job that was ended from outside, if it runs here."""
         for pool in self.pools.values():
+            pool.line.remove(job_id)
             worker = pool.running.get(job_id)
             if worker is not None:
                 worker.interrupt(Fenced(f"Job {job_id} was ended from outside."))
+
+    def run_here(self, job: Job) -> None:
+        """Runs a memory job as soon as its turn comes. Raises Overloaded, ShuttingDown."""
+        pool = self.pools[job.pool]
+        if self._closing:
+            raise ShuttingDown("This replica is shutting down; try again, another one will answer.", retry_after=1)
+        if len(pool.line) >= self._settings.max_waiting:
+            raise Overloaded(
+                f"{len(pool.line)} memory jobs wait here already, which is the limit (scheduler.max_waiting).",
+                retry_after=1,
+            )
+        self._store.memory.create(job)
+        if pool.free > 0 and not pool.more:
+            self._start(job.pool, pool, job.id, NO_CLAIM)
+        else:
+            pool.line.push(job, asyncio.get_running_loop().time() * 1000 + pool.store_ahead_ms)
+            pool.more = True
+            pool.wake.set()
+
+    async def standing(self, job: Job) -> Standing:
+        """Where a memory job stands, logged ones counted."""
+        pool = self.pools[job.pool]
+        ahead, urgency = pool.line.standing(job.id) or (0, math.inf)
+        found = await pool.lanes.standing(job.id, urgency)
+        return found if found.ahead is None else found._replace(ahead=ahead + found.ahead)
 
     def takes(self, pool: str) -> bool:
         """Whether this replica is about to look after a new job of a pool itself; else all have to be told of it."""
@@ -139,52 +202,67 @@ class Scheduler:
             await pool.wake.wait()
             pool.wake.clear()
             try:
+                # A job that seems to wait may be running where its claim is about to be written again.
+                await self._store.presence.recovered()
                 await self._fill(name, pool)
             except StoreUnavailable as error:
                 pool.unsure = True
                 logger.warning("cannot claim jobs: %s", error.message)
+                self._start_own(name, pool, math.inf)
             except Exception:  # a replica that keeps its lease but claims nothing would be worse
                 pool.unsure = True
                 logger.exception("claiming jobs failed")
 
     async def _fill(self, name: str, pool: Pool) -> None:
-        """Claims this replica's share at once, and a moment later what nobody else took."""
+        """Claims this replica's share at once, and a moment later what nobody else took; memory jobs have their turn
+        among them."""
         pool.more, patient = True, True
         while pool.free > 0 and not self._closing:
             count = min(pool.free, CLAIM_BATCH)
             claimed = await self._take(pool, count, patient)
             for job_id in claimed.ids:
-                self._start(name, pool, job_id)
-            if len(claimed.ids) == count:
+                self._start(name, pool, job_id, claimed.number)
+            self._start_own(name, pool, claimed.first_left)
+            if len(claimed.ids) == count or 0 < claimed.first_left < math.inf:
                 continue
             if not claimed.left:
-                pool.more = False
+                pool.more = bool(pool.line)
                 return
             patient, pool.yielding = False, True
             await asyncio.sleep(PATIENCE_S)
             pool.yielding = False
 
+    def _start_own(self, name: str, pool: Pool, first_left: float) -> None:
+        """Starts the memory jobs whose turn comes before that of the first job left in the store."""
+        while pool.free > 0 and pool.line.urgency < first_left:
+            self._start(name, pool, pool.line.pop(), NO_CLAIM)
+
     async def _take(self, pool: Pool, count: int, patient: bool) -> Claimed:
         pool.claiming = count
         try:
             if patient:
-                return await pool.lanes.claim_share(self.replica, count, len(pool.running))
-            return Claimed(await pool.lanes.claim(self.replica, count), 0)
+                held = len(pool.running) - len(pool.unclaimed)
+                return await pool.lanes.claim_share(self.replica, count, held, pool.line.urgency)
+            return await pool.lanes.claim(self.replica, count, pool.line.urgency)
         finally:
             pool.claiming = 0
 
-    def _start(self, name: str, pool: Pool, job_id: str) -> None:
+    def _start(self, name: str, pool: Pool, job_id: str, claim: int) -> None:
         if self._closing:  # it came too late and goes back when we leave
             return
         if job_id in pool.running:
             # Taken back and claimed again while it still runs here: it goes on, and its claim is looked after.
             pool.unsure = True
             return
+        memory = self._store.memory if in_memory(job_id) else None
+        if memory is not None:
+            pool.unclaimed.add(job_id)
         worker = Worker(
             job_id,
+            claim,
             replica=self.replica,
-            jobs=self._store.jobs,
-            log=self._store.log,
+            jobs=memory or self._store.jobs,
+            log=memory or self._store.log,
             router=self._router,
             deadlines=self._deadlines,
             max_attempts=self._settings.max_attempts,
@@ -206,6 +284,7 @@ class Scheduler:
             pool.unsure = True
         finally:
             del pool.running[worker.job_id]
+            pool.unclaimed.discard(worker.job_id)
             if pool.more:
                 pool.wake.set()
 
@@ -216,26 +295,49 @@ class Scheduler:
             raise
         except Exception:  # a defect of ours must not leave a job without an end
             logger.exception("the job broke the worker", extra={"job_id": worker.job_id})
-            await self._end(pool, worker.job_id, "Something went wrong inside llmstream; its log has the details.")
+            error = LLMStreamError("Something went wrong inside llmstream; its log has the details.")
+            await self._end(pool, worker.job_id, error)
             result = "done"
-        if result == "done":
-            await pool.lanes.settle(worker.job_id, self.replica)
-        else:
+        if in_memory(worker.job_id):
+            if result == "release":
+                await self._end(pool, worker.job_id, ShuttingDown(GONE_WITH_US))
+        elif result == "release":
             await pool.lanes.release(worker.job_id, self.replica)
+        else:
+            settling = pool.lanes.settle(worker.job_id, self.replica, worker.claim, dead=result == "dead")
+            settling.add_done_callback(partial(_settled, pool))
 
-    async def _end(self, pool: Pool, job_id: str, message: str, code: str | None = None) -> None:
-        failure = Failure(message=message, code=code, status=504 if code == "deadline_exceeded" else 500)
+    async def _end(self, pool: Pool, job_id: str, error: LLMStreamError) -> None:
+        finished = Finished(status="failed", at=self._clock(), failure=error.failure())
         with contextlib.suppress(NotFound):
-            ended = await self._store.jobs.end(job_id, Finished(status="failed", at=self._clock(), failure=failure))
+            ended = await self._store.records(job_id).end(job_id, finished)
             self._store.log.note_end(job_id, ended)
-        await pool.lanes.remove(job_id)
+        if in_memory(job_id):
+            pool.line.remove(job_id)
+        else:
+            await pool.lanes.remove(job_id)
+
+    def _end_unread(self, job_id: str) -> None:
+        """Cancels a memory job that nobody reads any more."""
+        logger.info("nobody reads the job any more; it is cancelled", extra={"job_id": job_id})
+        ended = self._store.memory.stop(job_id, Finished(status="cancelled", at=self._clock()))
+        self.stop_job(job_id)
+        self._store.log.note_end(job_id, ended)
 
     async def _heartbeats(self, pool: Pool) -> None:
+        loop = asyncio.get_running_loop()
         while True:
+            asleep = loop.time()
             await asyncio.sleep(self._beat_s)
             try:
-                for worker in pool.running.values():
-                    worker.check_deadlines()
+                # When we were away ourselves, what came meanwhile is to be read before anybody is called silent.
+                if loop.time() - asleep < 2 * self._beat_s:
+                    for worker in pool.running.values():
+                        worker.check_deadlines()
+                for job_id in pool.line.overdue(self._clock()):
+                    await self._end(pool, job_id, DeadlineExceeded(OVERDUE))
+                self._store.memory.sweep()
+                self._store.recent.let_go()
                 await self._beat(pool)
             except StoreUnavailable as error:
                 pool.unsure = True
@@ -249,22 +351,34 @@ class Scheduler:
         pulse = await pool.lanes.heartbeat(
             self.replica, 0 if self._closing else pool.slots, self._settings.lease_s, pool.cancelled_since_ms
         )
+        pool.store_ahead_ms = pulse.now_ms - asked * 1000
         pool.cancelled_since_ms = pulse.now_ms - math.ceil(self._beat_s * 2000)
         for job_id in pulse.cancelled:
             self.stop_job(job_id)
-        for job_id in pulse.overdue:
-            await self._end(pool, job_id, "The job was still waiting at its deadline.", "deadline_exceeded")
+        await self._reclaim(pool)
+        if not self._store.presence.recovering:  # what seems to wait may run, and who seems to be gone may read
+            for job_id in pulse.overdue:
+                await self._end(pool, job_id, DeadlineExceeded(OVERDUE))
+            await asyncio.gather(*(self.audience.look(job_id, pool.lanes) for job_id in pulse.unread))
         lapsed = asked - pool.last_beat > self._settings.lease_s
         pool.last_beat, pool.beats = asked, pool.beats + 1
         if pool.unsure or lapsed or pool.beats % RECONCILE_BEATS == 0:
             await self._reconcile(pool)
         pool.wake.set()
 
+    async def _reclaim(self, pool: Pool) -> None:
+        """After another server has answered: claims of running jobs may be among what it lost."""
+        life = self._store.presence.life
+        if pool.life != life:
+            running = [(worker.job, worker.claim) for worker in pool.claimed.values() if worker.job is not None]
+            await pool.lanes.reclaim(self.replica, running)
+            pool.life, pool.unsure = life, True
+
     async def _reconcile(self, pool: Pool) -> None:
         """Gives back what the store counts as ours but nobody here runs: a lost answer must not strand a job. Stops
         what runs here but was taken over meanwhile."""
         pool.unsure = False
-        known = set(pool.running)
+        known = set(pool.claimed)
         claimed = await pool.lanes.claimed_by(self.replica)
         for job_id in claimed - known - pool.running.keys():
             await pool.lanes.release(job_id, self.replica)
@@ -277,6 +391,13 @@ class Scheduler:
             for worker in pool.running.values():
                 if chosen(worker):
                     worker.interrupt(reason)
+
+
+def _settled(pool: Pool, settling: asyncio.Future[Any]) -> None:
+    error = None if settling.cancelled() else settling.exception()
+    if error is not None:
+        logger.warning("a job is over, but its claim may not be given back: %s", error)
+        pool.unsure = True
 
 
 async def _cancel(tasks: set[asyncio.Task[None]] | list[asyncio.Task[None]]) -> None:

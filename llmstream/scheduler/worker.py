@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from contextlib import aclosing
+from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 from llmstream.config import DeadlineSettings
@@ -19,9 +19,10 @@ from llmstream.errors import (
 )
 from llmstream.providers.base import Provider
 from llmstream.routing.router import Router
+from llmstream.scheduler.intake import EVENT_BYTES, Intake
 from llmstream.store.jobs import Begun, Jobs
 from llmstream.store.log import Log
-from llmstream.store.writer import Writer
+from llmstream.store.memory import AnyWriter, Memory
 from llmstream.transcript import Transcript
 from llmstream.types import (
     BEGINNING,
@@ -38,13 +39,12 @@ from llmstream.types import (
     Usage,
 )
 
-Result = Literal["done", "release"]
-"""What becomes of the claim: the job needs no more work, or somebody else shall go on."""
+Result = Literal["done", "dead", "release"]
+"""What becomes of the claim: the job needs no more work, or was given up, or somebody else shall go on."""
 
 FLUSH_S = 2.0
 BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
-_EVENT_BYTES = 96
 
 _BARELY_BEGUN = Transcript([Event(EventId(1, 1), Delta())])
 """Stands for whatever text an attempt may have produced when it is asked to hand over."""
@@ -59,16 +59,18 @@ class Worker:
     def __init__(
         self,
         job_id: str,
+        claim: int,
         *,
         replica: str,
-        jobs: Jobs,
-        log: Log,
+        jobs: Jobs | Memory,
+        log: Log | Memory,
         router: Router,
         deadlines: DeadlineSettings,
         max_attempts: int,
         clock: Clock,
     ) -> None:
         self.job_id = job_id
+        self.claim = claim
         self._replica = replica
         self._jobs = jobs
         self._log = log
@@ -80,9 +82,7 @@ class Worker:
         self._interruption: LLMStreamError | None = None
         self._scope: asyncio.Task[Any] | None = None
         self._continuable = True
-        self._got_token = False
-        self._silent_since: float | None = None
-        """Since when the model owes a token, in seconds of the event loop; None while it owes none."""
+        self._intake: Intake | None = None
 
     async def run(self) -> Result:
         """Leads the job to a terminal state, or to the point where another replica has to go on.
@@ -91,12 +91,13 @@ class Worker:
         """
         while True:
             started = Started(replica=self._replica, at=self._clock())
-            begun = await self._jobs.begin(self.job_id, started, self._max_attempts)
+            begun = await self._jobs.begin(self.job_id, started, self._max_attempts, self.claim)
             if begun == "done":
-                return "done"
+                # Whoever ended it may have died before the claim was settled.
+                return await self._over()
             if begun == "exhausted":
                 await self._give_up()
-                return "done"
+                return await self._over()
             if begun == "superseded":
                 return "release"
             self._begun = begun
@@ -122,28 +123,34 @@ class Worker:
             self._scope.cancel()
 
     @property
+    def job(self) -> Job | None:
+        """What is run; None before the first attempt has begun."""
+        return self._begun.job if self._begun is not None else None
+
+    @property
     def can_hand_over(self) -> bool:
         """Whether another replica could go on where this one stops."""
-        return self._continuable
+        return self._continuable and (self._intake is None or self._intake.text_only)
 
     def check_deadlines(self) -> None:
         """Called at every heartbeat: one timer for all jobs."""
         if self._begun is None or self._scope is None:
             return
         job, now = self._begun.job, self._clock()
-        since = self._silent_since
+        got_token = self._intake is not None and self._intake.got_token
+        since = self._intake.silent_since if self._intake is not None else None
         silent = 0.0 if since is None else asyncio.get_running_loop().time() - since
         limits = self._deadlines
         if now > self._begun.started_at + limits.total_s:
             self.interrupt(DeadlineExceeded(f"The job did not finish within {limits.total_s:g} s of its start."))
         elif job.expires_at is not None and now > job.expires_at:
             self.interrupt(DeadlineExceeded("The job did not finish within the request's deadline_s."))
-        elif not self._got_token and silent > limits.first_token_s:
+        elif not got_token and silent > limits.first_token_s:
             self.interrupt(UpstreamBroken(f"The model gave no first token within {limits.first_token_s:g} s."))
-        elif self._got_token and silent > limits.stall_s:
+        elif got_token and silent > limits.stall_s:
             self.interrupt(UpstreamBroken(f"The model stalled: no token for {limits.stall_s:g} s."))
 
-    async def _attempt(self, begun: Begun, writer: Writer) -> Result | None:
+    async def _attempt(self, begun: Begun, writer: AnyWriter) -> Result | None:
         """One attempt. None: it failed in a way that another attempt may mend."""
         try:
             finished = await self._interruptible(self._generate(begun, writer))
@@ -157,13 +164,21 @@ class Worker:
             logger.exception("the provider broke", extra={"job_id": self.job_id})
             finished = self._failed(LLMStreamError("Something went wrong inside llmstream; its log has the details."))
         await writer.finish(finished)
-        return "done"
+        return "dead" if finished.failure is not None and finished.failure.retryable else "done"
 
-    async def _generate(self, begun: Begun, writer: Writer) -> Finished:
+    async def _over(self) -> Result:
+        state = await self._jobs.find(self.job_id)
+        return "dead" if state is not None and state.dead else "done"
+
+    async def _generate(self, begun: Begun, writer: AnyWriter) -> Finished:
         request = begun.job.request
         provider = self._router.target(request).provider
-        self._got_token, self._silent_since = False, asyncio.get_running_loop().time()
+        self._intake = Intake(writer, asyncio.get_running_loop().time)
         transcript = await self._history(begun)
+        if begun.attempt > 1 and begun.previous == BEGINNING:
+            writer.append(Restart("the store lost what the earlier attempts wrote"), EVENT_BYTES)
+        if begun.job.continues is not None and (transcript is None or transcript.empty):
+            transcript = await self._inherit(begun.job.continues, begun.job, provider, writer)
         so_far: Transcript | None = None
         if transcript is not None and not transcript.empty:
             if self._complete(transcript, begun.job):
@@ -171,33 +186,12 @@ class Worker:
             if transcript.continuable and provider.can_continue(request, transcript):
                 so_far = transcript
             else:
-                writer.append(Restart("the earlier attempt cannot be continued"), _EVENT_BYTES)
-        elif begun.attempt > 1 and begun.previous == BEGINNING:
-            writer.append(Restart("the store lost what the earlier attempts wrote"), _EVENT_BYTES)
+                writer.append(Restart("the earlier attempt cannot be continued"), EVENT_BYTES)
         self._continuable = provider.can_continue(request, so_far or _BARELY_BEGUN)
-        return await self._stream(provider, begun.job, so_far, writer)
-
-    async def _stream(self, provider: Provider, job: Job, so_far: Transcript | None, writer: Writer) -> Finished:
-        clock = asyncio.get_running_loop().time
-        reasons: dict[int, str] = {}
-        usage: Usage | None = None
-        async with aclosing(provider.generate(job.request, so_far)) as batches:
-            async for batch in batches:
-                self._silent_since, self._got_token = clock(), True
-                for delta in batch:
-                    writer.append(delta, len(delta.text) + _EVENT_BYTES)
-                    usage = delta.usage or usage
-                    if delta.fields:
-                        self._continuable = False
-                    if delta.finish_reason is not None:
-                        reasons[delta.index] = delta.finish_reason
-                if writer.congested:
-                    self._silent_since = None
-                    await writer.flush()
-                    self._silent_since = clock()
-        if len(reasons) < job.request.choices:
+        await provider.generate(request, so_far, self._intake)
+        if len(self._intake.reasons) < request.choices:
             raise UpstreamBroken("The model's stream ended before the answer did.")
-        return self._finished(usage, reasons)
+        return self._finished(self._intake.usage, self._intake.reasons)
 
     async def _history(self, begun: Begun) -> Transcript | None:
         """The answer as earlier attempts left it. The log is fenced by now, so it cannot grow any more."""
@@ -211,6 +205,25 @@ class Worker:
                 for event in entry.events:
                     if event.id < begun.entry.last:
                         transcript.add(event)
+        return transcript
+
+    async def _inherit(self, old_id: str, job: Job, provider: Provider, writer: AnyWriter) -> Transcript | None:
+        """Copies the answer of the job that this one was requeued from, as far as it can be continued."""
+        transcript = Transcript()
+        deltas: list[Delta] = []
+        while entries := await self._log.read(old_id, transcript.position):
+            for event in (event for entry in entries for event in entry.events):
+                transcript.add(event)
+                if isinstance(event.data, Restart):
+                    deltas.clear()
+                elif isinstance(event.data, Delta):
+                    deltas.append(event.data)
+        may_go_on = transcript.continuable and provider.can_continue(job.request, transcript)
+        if not may_go_on and not self._complete(transcript, job):
+            return None
+        for delta in deltas:
+            writer.append(delta, len(delta.text) + EVENT_BYTES)
+        await writer.flush()
         return transcript
 
     @staticmethod
@@ -227,11 +240,13 @@ class Worker:
         logger.warning("job failed: %s", error.message, extra={"job_id": self.job_id})
         return Finished(status="failed", at=self._clock(), failure=error.failure())
 
-    async def _pause(self, begun: Begun, writer: Writer, error: LLMStreamError) -> Result | None:
+    async def _pause(self, begun: Begun, writer: AnyWriter, error: LLMStreamError) -> Result | None:
         """Waits before the next attempt, still cancellable."""
         logger.warning("attempt failed: %s", error.message, extra={"job_id": self.job_id})
         delay = error.retry_after or min(BACKOFF_S * 2 ** (begun.tries - 1), MAX_BACKOFF_S)
-        self._interruption = self._silent_since = None
+        self._interruption = None
+        if self._intake is not None:
+            self._intake.silent_since = None
         try:
             await self._interruptible(self._rest(writer, delay))
         except DeadlineExceeded as overdue:
@@ -240,9 +255,10 @@ class Worker:
         return None
 
     @staticmethod
-    async def _rest(writer: Writer, delay: float) -> None:
+    async def _rest(writer: AnyWriter, delay: float) -> None:
         await writer.flush()
         await asyncio.sleep(delay)
+        await writer.flush()  # a store that came back meanwhile may be getting the attempt again
 
     async def _superseded(self, fenced: Fenced) -> Result:
         """The log moved on: the job is over, or it belongs to whoever holds the claim now."""
@@ -250,7 +266,7 @@ class Worker:
         state = await self._jobs.find(self.job_id)
         return "done" if state is None or state.done else "release"
 
-    async def _hand_over(self, begun: Begun, writer: Writer) -> Result:
+    async def _hand_over(self, begun: Begun, writer: AnyWriter) -> Result:
         try:
             async with asyncio.timeout(FLUSH_S):
                 await writer.flush()
@@ -265,29 +281,40 @@ class Worker:
         failure = Failure(
             message=f"The job was tried {self._max_attempts} times and did not finish; what it produced is kept.",
             code="attempts_exhausted",
+            retryable=True,
         )
         ended = await self._jobs.end(self.job_id, Finished(status="failed", at=self._clock(), failure=failure))
         self._log.note_end(self.job_id, ended)
 
     async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs ``work`` in a task of its own, which :meth:`interrupt` can stop without touching ours."""
-        task = asyncio.create_task(work, name=f"attempt-{self.job_id}")
-        self._scope = task
+        """Runs ``work`` so that :meth:`interrupt` can stop it without stopping us."""
+        task = asyncio.current_task()
+        assert task is not None
+        cancelling = task.cancelling()
+        self._scope, failure = task, None
         if self._interruption is not None:
             task.cancel()
         try:
-            await asyncio.wait({task})
+            return await work
+        except (Exception, asyncio.CancelledError) as error:
+            failure = error
+            raise
         finally:
             self._scope = None
-            if not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-        reason = self._interruption
-        if reason is not None and (task.cancelled() or task.exception() is not None):
-            raise reason
-        if task.cancelled():
-            raise UpstreamBroken("The model's side cancelled the generation.")
-        return task.result()
+            if self._interruption is not None and task.cancelling() > cancelling:
+                await _absorb(task)
+                if task.cancelling() > cancelling:
+                    raise asyncio.CancelledError
+                raise self._interruption from None
+            if isinstance(failure, asyncio.CancelledError) and task.cancelling() == cancelling:
+                raise UpstreamBroken("The model's side cancelled the generation.") from None
+
+
+async def _absorb(task: asyncio.Task[Any]) -> None:
+    """Takes one cancellation back, also where it has not come through yet."""
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(0)
+    task.uncancel()
 
 
 def _reasons(transcript: Transcript) -> dict[int, str]:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from llmstream.store.entry import Entry
-from llmstream.types import BEGINNING, EventId, Finished
+from llmstream.types import BEGINNING, EventId
 
-RING_BYTES = 64 * 1024
-_ENTRY_OVERHEAD = 200
+RING_BYTES = 8 * 1024
+"""Enough to bridge the moment between reading the log and following it; each open stream pays for it."""
+_ENTRY_OVERHEAD = 1000
+"""What an entry takes beside its bytes: objects, and its wire forms."""
+
+Listener = Callable[[Entry | None, EventId], None]
+"""Called at once with each entry and the position right before it; with None when there may be something else to see.
+Must not raise."""
 
 
 class Channel:
@@ -19,22 +26,38 @@ class Channel:
     slow follower costs no memory.
     """
 
-    __slots__ = ("_changed", "_ring", "_size", "base", "followers", "job_id", "located", "owned", "tip")
+    __slots__ = (
+        "_ring",
+        "_size",
+        "base",
+        "followers",
+        "hurried",
+        "job_id",
+        "listeners",
+        "located",
+        "owned",
+        "tip",
+        "whole",
+    )
 
-    def __init__(self, job_id: str, *, newborn: bool = False) -> None:
+    def __init__(self, job_id: str, *, newborn: bool = False, whole: bool = False) -> None:
         self.job_id = job_id
+        self.whole = whole
+        """True while this is the log itself, which stands nowhere else: the ring lets nothing go."""
         self.tip = BEGINNING
         """The last event known to be logged; never what a client merely claims to have seen."""
         self.base = BEGINNING
         """The ring holds every event behind this one, up to ``tip``."""
-        self.located = newborn
+        self.located = newborn or whole
         """True once ``tip`` was the end of the log and whatever comes behind it will be published here."""
         self.followers = 0
+        self.hurried = False
+        """Whether somebody in this process waits for each token."""
         self.owned = False
         """True while this process writes the log; otherwise the tail reader watches it."""
         self._ring: deque[Entry] = deque()
         self._size = 0
-        self._changed = asyncio.Event()
+        self.listeners: set[Listener] = set()
 
     def publish(self, entry: Entry, previous: EventId) -> None:
         """Takes in an acknowledged entry; ``previous`` is the event that stands right before it in the log."""
@@ -47,11 +70,12 @@ class Channel:
         self._ring.append(entry)
         self._size += entry.size + _ENTRY_OVERHEAD
         self.tip = entry.last
-        while self._size > RING_BYTES and len(self._ring) > 1:
+        while self._size > RING_BYTES and len(self._ring) > 1 and not self.whole:
             dropped = self._ring.popleft()
             self._size -= dropped.size + _ENTRY_OVERHEAD
             self.base = dropped.last
-        self.wake()
+        for hear in self.listeners:
+            hear(entry, previous)
 
     def locate(self, end: EventId) -> None:
         """Takes note that the log ended at ``end`` a moment ago."""
@@ -62,13 +86,36 @@ class Channel:
         self.located = True
         self.wake()
 
+    def clear(self) -> None:
+        """Lets everything go: who has not read it by now finds nothing more."""
+        self.whole = False
+        self._ring.clear()
+        self._size = 0
+        self.base = self.tip
+        self.wake()
+
     def wake(self) -> None:
         """Lets every follower look again."""
-        self._changed.set()
-        self._changed.clear()
+        for hear in self.listeners:
+            hear(None, self.tip)
 
     async def changed(self) -> None:
-        await self._changed.wait()
+        """Waits until there is something new to see."""
+        changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def hear(_entry: Entry | None, _previous: EventId) -> None:
+            if not changed.done():
+                changed.set_result(None)
+
+        await self.listen(hear, changed)
+
+    async def listen(self, hear: Listener, ended: asyncio.Future[None]) -> None:
+        """Lets ``hear`` have every entry until ``ended`` is."""
+        self.listeners.add(hear)
+        try:
+            await ended
+        finally:
+            self.listeners.discard(hear)
 
     def holds(self, position: EventId) -> bool:
         """Whether everything behind ``position`` that is known to be logged can be had from memory."""
@@ -86,7 +133,7 @@ class Channel:
 
     @property
     def finished(self) -> bool:
-        return bool(self._ring) and isinstance(self._ring[-1].events[-1].data, Finished)
+        return bool(self._ring) and self._ring[-1].terminal
 
     @property
     def empty(self) -> bool:

@@ -22,14 +22,15 @@ _decoder = msgspec.json.Decoder(list[Started | Restart | Delta | Finished])
 class Entry:
     """Consecutive events of one attempt, acknowledged together."""
 
-    __slots__ = ("events", "first", "last", "rendered", "size")
+    __slots__ = ("attempt", "last", "payloads", "rendered", "size", "start")
 
     def __init__(self, last: EventId, payloads: Sequence[Payload], size: int) -> None:
-        attempt, seq = last
-        start = seq - len(payloads) + 1
+        self.attempt, seq = last
+        self.start = seq - len(payloads) + 1
+        """``seq`` of the first event."""
         self.last = last
-        self.first = EventId(attempt, start)
-        self.events = tuple(Event(EventId(attempt, start + i), data) for i, data in enumerate(payloads))
+        self.payloads = payloads
+        """What the events say, in order. Few readers need them as :attr:`events`, so these are made on demand."""
         self.size = size
         """Bytes of the encoded form."""
         self.rendered: dict[object, bytes] = {}
@@ -37,9 +38,23 @@ class Entry:
 
     def after(self, position: EventId) -> Entry:
         """The part of the entry behind ``position``; the entry itself when that is all of it."""
-        if position < self.first:
+        attempt, seq = position
+        if attempt < self.attempt or seq < self.start:
             return self
-        return Entry(self.last, [event.data for event in self.events if event.id > position], self.size)
+        return Entry(self.last, self.payloads[seq - self.start + 1 :], self.size)
+
+    @property
+    def first(self) -> EventId:
+        return EventId(self.attempt, self.start)
+
+    @property
+    def events(self) -> list[Event]:
+        return [Event(EventId(self.attempt, seq), data) for seq, data in enumerate(self.payloads, self.start)]
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the log ends with this entry."""
+        return isinstance(self.payloads[-1], Finished)
 
 
 def encode_payloads(payloads: Sequence[Payload]) -> bytes:

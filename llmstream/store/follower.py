@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -12,10 +12,28 @@ from llmstream.store.channel import Channel
 from llmstream.store.entry import Entry
 from llmstream.store.jobs import Jobs
 from llmstream.store.tail import Tail
-from llmstream.types import EventId, Finished
+from llmstream.types import EventId
 
 PAGE = 500
-"""Entries read from the store at once."""
+"""Entries read from the store at once, at most."""
+PAGE_BYTES = 512 * 1024
+"""What a page should hold; the next one is made to fit."""
+_FIRST_PAGE = 16
+
+
+class Pages:
+    """How many entries to read at once: entries of one token and of thousands are to take about the same memory."""
+
+    def __init__(self) -> None:
+        self.limit = _FIRST_PAGE
+
+    def fit(self, entries: Sequence[Entry]) -> None:
+        """Takes note of a page that was read."""
+        size = sum(entry.size for entry in entries)
+        if size > PAGE_BYTES:
+            self.limit = max(1, self.limit // 2)
+        elif size < PAGE_BYTES // 2:
+            self.limit = min(PAGE, self.limit * 2)
 
 
 class Reader(Protocol):
@@ -23,6 +41,14 @@ class Reader(Protocol):
 
     async def read(self, job_id: str, after: EventId, limit: int) -> list[Entry]: ...
     async def end(self, job_id: str) -> EventId: ...
+
+
+class Seat(Protocol):
+    """A reader's place among those of a job that ends without readers."""
+
+    async def take(self) -> None: ...
+    async def leave(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Follower:
@@ -43,12 +69,15 @@ class Follower:
         on_close: Callable[[Channel], None],
     ) -> None:
         self.position = position
+        self.seat: Seat | None = None
+        """Where somebody reads who counts; closed with the follower."""
         self._reader = reader
         self._jobs = jobs
         self._tail = tail
         self._channel = channel
         self._finished = False
         self._ahead: list[Entry] = []
+        self._pages = Pages()
         self._on_close: Callable[[Channel], None] | None = on_close
         channel.followers += 1
         tail.expect(channel)
@@ -63,6 +92,8 @@ class Follower:
 
     def close(self) -> None:
         """Stops following; safe to call twice."""
+        if self.seat is not None:
+            self.seat.close()
         if self._on_close is not None:
             self._channel.followers -= 1
             self._on_close(self._channel)
@@ -76,7 +107,7 @@ class Follower:
             raise StopAsyncIteration
         entries, self._ahead = self._ahead or await self._next(), []
         self.position = entries[-1].last
-        self._finished = isinstance(entries[-1].events[-1].data, Finished)
+        self._finished = entries[-1].terminal
         return entries
 
     async def ready(self, timeout_s: float) -> bool:
@@ -89,6 +120,34 @@ class Follower:
         except TimeoutError:
             return False
         return True
+
+    def hurry(self) -> None:
+        """Says that somebody waits for each token."""
+        self._channel.hurried = True
+
+    async def push(self, take: Callable[[Entry], bool]) -> None:
+        """Hands each new entry to ``take`` at the moment it is logged, without waking anybody, while ``take`` returns
+        True. Returns after the terminal entry, and whenever iterating has to say what comes next."""
+        channel = self._channel
+        current = channel.located and self.position == channel.tip and not self._ahead
+        if self._finished or not current:
+            return
+        self._tail.listen(channel)
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def hear(entry: Entry | None, previous: EventId) -> None:
+            if ended.done():
+                return
+            try:
+                if entry is not None and previous == self.position:
+                    self.position, self._finished = entry.last, entry.terminal
+                    if take(entry) and not self._finished:
+                        return
+                ended.set_result(None)
+            except Exception as error:
+                ended.set_exception(error)
+
+        await channel.listen(hear, ended)
 
     async def _next(self) -> list[Entry]:
         channel = self._channel
@@ -105,13 +164,15 @@ class Follower:
     async def _read(self) -> list[Entry]:
         channel, position = self._channel, self.position
         known = channel.tip
-        entries = await self._reader.read(channel.job_id, position, PAGE)
+        limit = self._pages.limit
+        entries = await self._reader.read(channel.job_id, position, limit)
+        self._pages.fit(entries)
         for entry in entries:
             channel.publish(entry, position)
             position = entry.last
         if not entries:
             await self._locate(known)
-        elif len(entries) < PAGE:
+        elif len(entries) < limit:
             channel.located = True
         self._tail.update(channel)
         return entries

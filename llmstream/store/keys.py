@@ -2,19 +2,24 @@
 
 {prefix}:{JOB}:job          hash    one job: spec, status, attempt, owner, outcome
 {prefix}:{JOB}:log          stream  its events; entry id = id of the entry's last event
+{prefix}:{JOB}:readers      zset    who reads it -> end of the lease, where that decides whether it goes on
 {prefix}:{s:SESSION}:jobs   zset    the jobs of a session by creation time
+{prefix}:{k:DIGEST}:job     string  what a request is known by when it comes again -> its job
 {prefix}:{q:POOL}:order     zset    waiting jobs by level and turn: the order of service inside a level
 {prefix}:{q:POOL}:ages      zset    the same jobs by level and time of arrival: how urgent a level is
 {prefix}:{q:POOL}:meta      hash    job -> level|arrival|principal|deadline|turn, while it waits or runs
 {prefix}:{q:POOL}:turns     hash    level -> turn being served, level:principal -> last turn given out
-{prefix}:{q:POOL}:claims    hash    job -> replica|claimed at
+{prefix}:{q:POOL}:claims    hash    job -> replica|claimed at|number of the claim
 {prefix}:{q:POOL}:replicas  zset    replica -> end of its lease
 {prefix}:{q:POOL}:slots     hash    replica -> slots it offers
 {prefix}:{q:POOL}:deadlines zset    waiting jobs with a deadline of their own
 {prefix}:{q:POOL}:cancels   zset    recently cancelled jobs, for owners that missed the wake-up
 {prefix}:{q:POOL}:index     zset    every job of the pool by creation time, trimmed to the retention time
-{prefix}:{q:POOL}:stats     hash    measured service time
+{prefix}:{q:POOL}:stats     hash    measured service time, jobs served, number of the last claim
 {prefix}:pools              zset    every pool -> its last heartbeat by any replica
+{prefix}:{q:POOL}:unread    zset    jobs that end without readers -> when to look for these again
+{prefix}:{q:POOL}:dead      zset    jobs that failed after all their attempts, by the time of it
+{prefix}:{n:NUMBER}:probe   string  written to see whether a server takes writes; numbers spread over a cluster
 {prefix}:wake               channel pool names with new work
 {prefix}:cancel             channel ids of cancelled jobs
 """
@@ -35,6 +40,8 @@ QUEUE_PARTS = (
     "cancels",
     "index",
     "stats",
+    "unread",
+    "dead",
 )
 
 
@@ -53,8 +60,17 @@ class Keys:
     def log(self, job_id: str) -> str:
         return f"{self._prefix}:{{{job_id}}}:log"
 
+    def readers(self, job_id: str) -> str:
+        return f"{self._prefix}:{{{job_id}}}:readers"
+
+    def probe(self, number: int = 0) -> str:
+        return f"{self._prefix}:{{n:{number}}}:probe"
+
     def session(self, session_id: str) -> str:
         return f"{self._prefix}:{{s:{quote(session_id, safe='')}}}:jobs"
+
+    def repeat(self, digest: str) -> str:
+        return f"{self._prefix}:{{k:{digest}}}:job"
 
     def queue(self, pool: str) -> tuple[str, ...]:
         """The keys of one pool's queue, in the order of ``QUEUE_PARTS``."""

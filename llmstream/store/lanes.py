@@ -11,11 +11,19 @@ their levels.
 
 from __future__ import annotations
 
+import asyncio
+import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from llmstream.store.connection import Arg
 from llmstream.store.keys import QUEUE_PARTS, Keys
-from llmstream.store.pipeline import Pipeline, Script
+from llmstream.store.pipeline import Script, Sender
 from llmstream.types import LANES, MAX_PRIORITY, Job, Lane, lane_of
+
+DEAD_LETTERS = 1000
+"""How many are kept for each pool."""
+_UNLIMITED = 2**53
 
 _NAMES = "\n".join(f"local {name} = KEYS[{index}]" for index, name in enumerate(QUEUE_PARTS, 1))
 _PRELUDE = (
@@ -57,7 +65,8 @@ _PUSH = Script(
     "push",
     _PRELUDE
     + """
--- ARGV id, level, principal, max waiting, ttl_ms, deadline_ms or '', retention_ms, wake channel or '', pool
+-- ARGV id, level, principal, max waiting, ttl_ms, deadline_ms or '', retention_ms, wake channel or '', pool,
+-- look for readers after (ms) or ''
 local id, level, who = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 if redis.call('HEXISTS', meta, id) == 1 then return {1} end
 local waiting = redis.call('ZCARD', order)
@@ -71,6 +80,7 @@ redis.call('ZADD', order, fmt(level * B + turn), id)
 redis.call('ZADD', ages, fmt(level * B + now), id)
 redis.call('HSET', meta, id, level .. '|' .. fmt(now) .. '|' .. who .. '|' .. ARGV[6] .. '|' .. fmt(turn))
 if ARGV[6] ~= '' then redis.call('ZADD', deadlines, ARGV[6], id) end
+if ARGV[10] ~= '' then redis.call('ZADD', unread, fmt(now + ARGV[10]), id) end
 redis.call('ZADD', index, fmt(now), id)
 redis.call('ZREMRANGEBYSCORE', index, '-inf', fmt(now - ARGV[7]))
 keep(ARGV[5])
@@ -83,8 +93,12 @@ _CLAIM = Script(
     "claim",
     _PRELUDE
     + """
--- ARGV replica, count, ageing_ms, ttl_ms, lease_ms, jobs it has or '', wake channel, pool -> ids, jobs left
+-- ARGV replica, count, ageing_ms, ttl_ms, lease_ms, jobs it has or '', wake channel, pool, least urgency or ''
+-- -> ids, jobs left, urgency of the first one left where that ended the claim, number
 local claimed, now = {}, fmt(now_ms())
+-- Grows with every claim, also where the store has forgotten the last ones.
+local number = math.max(tonumber(now), (redis.call('HGET', stats, 'last_claim') or 0) + 1)
+local least, first_left = tonumber(ARGV[9]), '0'
 local count, held, others = tonumber(ARGV[2]), tonumber(ARGV[6]), 0
 if held then
   -- Its part of all work, by slots. A little more is still even and spares jobs the way to another replica.
@@ -107,7 +121,10 @@ for _ = 1, count do
     if not best or urgency < best then best, best_level = urgency, level end
     cursor = (level + 1) * B
   end
-  if not best then break end
+  if not best or (least and best > least) then
+    first_left = best and fmt(best) or 'inf'
+    break
+  end
   local first = redis.call('ZRANGEBYSCORE', order, fmt(best_level * B), '(' .. fmt((best_level + 1) * B),
                            'WITHSCORES', 'LIMIT', 0, 1)
   local id = first[1]
@@ -116,10 +133,11 @@ for _ = 1, count do
     redis.call('HSET', turns, best_level, fmt(turn))
   end
   forget_waiting(id)
-  redis.call('HSET', claims, id, ARGV[1] .. '|' .. now)
+  redis.call('HSET', claims, id, ARGV[1] .. '|' .. now .. '|' .. fmt(number))
   claimed[#claimed + 1] = id
 end
 if #claimed > 0 then
+  redis.call('HSET', stats, 'last_claim', fmt(number))
   -- A claim always stands under a lease, also where the replica was away and its own one is gone.
   redis.call('ZADD', replicas, 'NX', fmt(now + ARGV[5]), ARGV[1])
   if redis.call('ZCARD', order) == 0 then redis.call('DEL', turns) end
@@ -129,7 +147,33 @@ local left = redis.call('ZCARD', order)
 if left > 0 and held and others > redis.call('HLEN', claims) - held - #claimed then
   redis.call('PUBLISH', ARGV[7], ARGV[8])
 end
-return {claimed, left}
+return {claimed, left, left == 0 and 'inf' or first_left, number}
+""",
+)
+
+_RECLAIM = Script(
+    "reclaim",
+    _PRELUDE
+    + """
+-- ARGV replica, lease_ms, ttl_ms, then of each running job whose claim was lost: id, what makes its meta, after how
+-- many ms to look for its readers or '', number of the claim.
+local now = now_ms()
+for i = 4, #ARGV, 4 do
+  local id = ARGV[i]
+  if redis.call('HEXISTS', claims, id) == 0 then
+    if redis.call('HEXISTS', meta, id) == 0 then
+      local part = split(ARGV[i + 1])
+      redis.call('HSET', meta, id, part[1] .. '|' .. fmt(now) .. '|' .. part[2] .. '|' .. part[3] .. '|0')
+      redis.call('ZADD', index, 'NX', fmt(now), id)
+      if ARGV[i + 2] ~= '' then redis.call('ZADD', unread, fmt(now + ARGV[i + 2]), id) end
+    end
+    forget_waiting(id)
+    redis.call('HSET', claims, id, ARGV[1] .. '|' .. fmt(now) .. '|' .. ARGV[i + 3])
+  end
+end
+redis.call('ZADD', replicas, 'NX', fmt(now + ARGV[2]), ARGV[1])
+keep(ARGV[3])
+return 1
 """,
 )
 
@@ -137,14 +181,24 @@ _SETTLE = Script(
     "settle",
     _PRELUDE
     + """
--- ARGV id, replica, ttl_ms. The job needs no more work; its service time goes into the measured rate.
+-- ARGV id, replica, ttl_ms, 1 for a dead letter, retention_ms, dead letters kept, number of the claim.
+-- The job needs no more work; its service time goes into the measured rate. Only the claim it was found under is meant:
+-- a job that the store had lost may have come back and been claimed again since.
 local claim = redis.call('HGET', claims, ARGV[1])
 if not claim then return 0 end
 local part = split(claim)
-if part[1] ~= ARGV[2] then return 0 end
+if part[1] ~= ARGV[2] or part[3] ~= ARGV[7] then return 0 end
 redis.call('HDEL', claims, ARGV[1])
 redis.call('HDEL', meta, ARGV[1])
-local took = now_ms() - part[2]
+redis.call('ZREM', unread, ARGV[1])
+local now = now_ms()
+if ARGV[4] == '1' then
+  redis.call('ZADD', dead, fmt(now), ARGV[1])
+  redis.call('ZREMRANGEBYSCORE', dead, '-inf', fmt(now - ARGV[5]))
+  redis.call('ZREMRANGEBYRANK', dead, 0, -ARGV[6] - 1)
+  redis.call('PEXPIRE', dead, ARGV[5])
+end
+local took = now - part[2]
 local mean = tonumber(redis.call('HGET', stats, 'service_ms') or took)
 redis.call('HSET', stats, 'service_ms', string.format('%.3f', mean + (took - mean) * 0.1))
 redis.call('HINCRBY', stats, 'served', 1)
@@ -176,6 +230,7 @@ local now = now_ms()
 redis.call('ZADD', cancels, fmt(now), ARGV[1])
 redis.call('ZREMRANGEBYSCORE', cancels, '-inf', fmt(now - 60000))
 redis.call('PEXPIRE', cancels, ARGV[2])
+redis.call('ZREM', unread, ARGV[1])
 if redis.call('HEXISTS', claims, ARGV[1]) == 1 then return 0 end
 forget_waiting(ARGV[1])
 return redis.call('HDEL', meta, ARGV[1])
@@ -186,7 +241,7 @@ _HEARTBEAT = Script(
     "heartbeat",
     _PRELUDE
     + """
--- ARGV replica, slots, lease_ms, ttl_ms, cancelled since (ms) -> now, taken back, overdue, cancelled
+-- ARGV replica, slots, lease_ms, ttl_ms, cancelled since (ms) -> now, taken back, overdue, cancelled, unread
 local now = now_ms()
 local own = redis.call('ZSCORE', replicas, ARGV[1])
 -- Our own lease lapsed too: the store was away, or we were. Everybody gets the time to come back.
@@ -209,7 +264,10 @@ end
 keep(ARGV[4])
 local overdue = redis.call('ZRANGEBYSCORE', deadlines, '-inf', fmt(now), 'LIMIT', 0, 100)
 local cancelled = redis.call('ZRANGEBYSCORE', cancels, ARGV[5], '+inf')
-return {fmt(now), taken, overdue, cancelled}
+local lonely = redis.call('ZRANGEBYSCORE', unread, '-inf', fmt(now), 'LIMIT', 0, 100)
+-- One replica looks at a time; should it die meanwhile, the next does.
+for _, id in ipairs(lonely) do redis.call('ZADD', unread, fmt(now + ARGV[3]), id) end
+return {fmt(now), taken, overdue, cancelled, lonely}
 """,
 )
 
@@ -244,17 +302,21 @@ _POSITION = Script(
     "position",
     _PRELUDE
     + """
--- ARGV id, ageing_ms -> jobs ahead, mean service ms, slots; -1 ahead: it is not waiting
+-- ARGV id, ageing_ms, urgency of a job that waits elsewhere or ''
+-- -> jobs ahead, mean service ms, slots; -1 ahead: it is not waiting
 local mean, offered = redis.call('HGET', stats, 'service_ms') or '', 0
 for _, n in ipairs(redis.call('HVALS', slots)) do offered = offered + n end
-local score = redis.call('ZSCORE', order, ARGV[1])
-if not score then return {-1, mean, offered} end
-local level = math.floor(score / B)
-local ahead = redis.call('ZCOUNT', order, fmt(level * B), '(' .. fmt(tonumber(score)))
-local arrived = redis.call('ZSCORE', ages, ARGV[1]) - level * B
+local urgency, level, ahead = tonumber(ARGV[3]), nil, 0
+if not urgency then
+  local score = redis.call('ZSCORE', order, ARGV[1])
+  if not score then return {-1, mean, offered} end
+  level = math.floor(score / B)
+  ahead = redis.call('ZCOUNT', order, fmt(level * B), '(' .. fmt(tonumber(score)))
+  urgency = redis.call('ZSCORE', ages, ARGV[1]) - level * B + level * ARGV[2]
+end
 for other = 0, 20 do
   if other ~= level then
-    local upto = arrived + (level - other) * ARGV[2]
+    local upto = urgency - other * ARGV[2]
     if upto >= B then upto = B - 1 end
     if upto > 0 then ahead = ahead + redis.call('ZCOUNT', ages, fmt(other * B), '(' .. fmt(other * B + upto)) end
   end
@@ -300,6 +362,10 @@ class Claimed(NamedTuple):
 
     ids: list[str]
     left: int
+    first_left: float
+    """How urgent the next of them is; infinite when there is none, 0 when nobody looked."""
+    number: int
+    """Greater than that of any earlier claim: whoever began a job under a later one has superseded this one."""
 
 
 class Pulse(NamedTuple):
@@ -311,6 +377,8 @@ class Pulse(NamedTuple):
     overdue: list[str]
     """Waiting jobs whose own deadline has passed."""
     cancelled: list[str]
+    unread: list[str]
+    """Jobs for whose readers it is time to look."""
 
 
 class Census(NamedTuple):
@@ -328,7 +396,7 @@ class Lanes:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: Sender,
         keys: Keys,
         pool: str,
         *,
@@ -349,45 +417,82 @@ class Lanes:
         self._ttl_ms = int(ttl_s * 1000)
         self._retention_ms = int(max(retention_s, ttl_s) * 1000)
 
-    async def push(self, job: Job, *, wake: bool = True) -> bool:
+    async def push(self, job: Job, unread_s: float | None = None, *, wake: bool = True, again: bool = False) -> bool:
         """Puts an accepted job in line; repeating it changes nothing. False when the queue is full.
 
-        ``wake`` tells all replicas; without it they find the job at their next heartbeat, unless the caller takes it.
+        After ``unread_s`` a heartbeat brings the job back to look for its readers. ``wake`` tells all replicas; without
+        it they find the job at their next heartbeat, unless the caller takes it. ``again`` says that it stood there
+        before, so that it is never refused.
         """
+        level, principal, deadline = _meta(job)
         reply = await self._pipeline.run(
             _PUSH,
             self._keys,
             job.id,
-            MAX_PRIORITY - job.priority,
-            job.principal.replace("|", "%7C"),
-            self._max_waiting,
+            level,
+            principal,
+            _UNLIMITED if again else self._max_waiting,
             self._ttl_ms,
-            "" if job.expires_at is None else int(job.expires_at * 1000),
+            deadline,
             self._retention_ms,
             self._wake if wake else "",
             self.pool,
+            "" if unread_s is None else int(unread_s * 1000),
         )
         return bool(reply[0])
 
-    async def claim(self, replica: str, count: int) -> list[str]:
-        """Takes up to ``count`` jobs, most urgent first."""
-        return (await self._take(replica, count, "")).ids
+    async def look_again(self, job_id: str, at_ms: int) -> None:
+        """Sets when to look next for the readers of a job that is not over."""
+        await self._pipeline.call("ZADD", self._key("unread"), "XX", at_ms, job_id)
 
-    async def claim_share(self, replica: str, count: int, held: int) -> Claimed:
+    async def look_no_more(self, job_id: str) -> None:
+        """The job is over, or goes on without readers."""
+        await self._pipeline.call("ZREM", self._key("unread"), job_id)
+
+    async def claim(self, replica: str, count: int, least: float = math.inf) -> Claimed:
+        """Takes up to ``count`` jobs, most urgent first, none of them less urgent than ``least``."""
+        return await self._take(replica, count, "", least)
+
+    async def claim_share(self, replica: str, count: int, held: int, least: float = math.inf) -> Claimed:
         """Like :meth:`claim`, but no more than keeps a replica that has ``held`` jobs level with the others.
 
         Wakes the others when it leaves jobs that they have slots for.
         """
-        return await self._take(replica, count, held)
+        return await self._take(replica, count, held, least)
 
-    async def _take(self, replica: str, count: int, held: int | str) -> Claimed:
+    async def _take(self, replica: str, count: int, held: int | str, least: float) -> Claimed:
         limits = (self._ageing_ms, self._ttl_ms, self._lease_ms)
-        found, left = await self._pipeline.run(_CLAIM, self._keys, replica, count, *limits, held, self._wake, self.pool)
-        return Claimed([raw.decode() for raw in found], int(left))
+        found, left, first_left, number = await self._pipeline.run(
+            _CLAIM, self._keys, replica, count, *limits, held, self._wake, self.pool, _finite(least)
+        )
+        return Claimed([raw.decode() for raw in found], left, float(first_left), number)
 
-    async def settle(self, job_id: str, replica: str) -> None:
-        """Gives back the claim of a job that needs no more work."""
-        await self._pipeline.run(_SETTLE, self._keys, job_id, replica, self._ttl_ms)
+    async def reclaim(self, replica: str, jobs: Iterable[tuple[Job, int]]) -> None:
+        """Takes jobs that run on this replica, each with the number of its claim, out of the line, where the store has
+        lost that they were claimed."""
+        known: list[Arg] = []
+        for job, claim in jobs:
+            unread_ms = "" if job.grace_s is None else int(job.grace_s * 1000)
+            known += job.id, "|".join(map(str, _meta(job))), unread_ms, claim
+        await self._pipeline.run(_RECLAIM, self._keys, replica, self._lease_ms, self._ttl_ms, *known)
+
+    def settle(self, job_id: str, replica: str, claim: int, *, dead: bool = False) -> asyncio.Future[Any]:
+        """Gives back claim number ``claim`` of a job that needs no more work; ``dead`` notes it as one that may be
+        requeued.
+
+        What is asked of this queue after the call comes after it, so nobody needs to wait for the future.
+        """
+        limits = (self._retention_ms, DEAD_LETTERS)
+        return self._pipeline.run(_SETTLE, self._keys, job_id, replica, self._ttl_ms, int(dead), *limits, claim)
+
+    async def dead(self, limit: int) -> list[str]:
+        """Ids of the jobs that failed after all their attempts, latest first."""
+        found: list[bytes] = await self._pipeline.call("ZRANGE", self._key("dead"), 0, limit - 1, "REV")
+        return [raw.decode() for raw in found]
+
+    async def revive(self, job_id: str) -> None:
+        """Takes a job that was requeued off the list of dead letters."""
+        await self._pipeline.call("ZREM", self._key("dead"), job_id)
 
     async def release(self, job_id: str, replica: str) -> None:
         """Hands a claimed job to whoever claims next; it goes to the front of its level."""
@@ -399,11 +504,11 @@ class Lanes:
 
     async def heartbeat(self, replica: str, slots: int, lease_s: float, cancelled_since_ms: int) -> Pulse:
         """Renews the lease of all claims of a replica and takes back those of lapsed ones."""
-        now, taken, overdue, cancelled = await self._pipeline.run(
+        now, taken, *found = await self._pipeline.run(
             _HEARTBEAT, self._keys, replica, slots, int(lease_s * 1000), self._ttl_ms, cancelled_since_ms
         )
         await self._pipeline.run(_SEEN, [self._pools], self.pool, int(now), self._ttl_ms)
-        return Pulse(int(now), taken, [raw.decode() for raw in overdue], [raw.decode() for raw in cancelled])
+        return Pulse(int(now), taken, *([raw.decode() for raw in ids] for ids in found))
 
     async def leave(self, replica: str) -> None:
         """Ends a replica's lease at once."""
@@ -411,13 +516,13 @@ class Lanes:
 
     async def claimed_by(self, replica: str) -> set[str]:
         """Ids of the jobs that a replica holds according to the store."""
-        flat: list[bytes] = await self._pipeline.call("HGETALL", self._keys[QUEUE_PARTS.index("claims")])
+        flat: list[bytes] = await self._pipeline.call("HGETALL", self._key("claims"))
         own = f"{replica}|".encode()
         return {job.decode() for job, claim in zip(flat[::2], flat[1::2], strict=True) if claim.startswith(own)}
 
-    async def standing(self, job_id: str) -> Standing:
-        """Position and measured service rate."""
-        ahead, mean, slots = await self._pipeline.run(_POSITION, self._keys, job_id, self._ageing_ms)
+    async def standing(self, job_id: str, urgency: float = math.inf) -> Standing:
+        """Position and measured service rate; with ``urgency``, of a job that waits elsewhere."""
+        ahead, mean, slots = await self._pipeline.run(_POSITION, self._keys, job_id, self._ageing_ms, _finite(urgency))
         return Standing(None if ahead < 0 else ahead, _seconds(mean), int(slots))
 
     async def census(self) -> Census:
@@ -428,17 +533,28 @@ class Lanes:
             waiting[lane_of(MAX_PRIORITY - level)] += count
         running: dict[str, int] = {}
         for claim in claims:
-            owner = claim.decode().rsplit("|", 1)[0]
+            owner = claim.decode().partition("|")[0]
             running[owner] = running.get(owner, 0) + 1
         offered = {name.decode(): int(count) for name, count in zip(slots[::2], slots[1::2], strict=True)}
         return Census(waiting, running, offered, _seconds(mean), int(served))
 
     async def recent(self, limit: int) -> list[str]:
         """Ids of the pool's jobs, newest first."""
-        found: list[Any] = await self._pipeline.call(
-            "ZRANGE", self._keys[QUEUE_PARTS.index("index")], 0, limit - 1, "REV"
-        )
+        found: list[Any] = await self._pipeline.call("ZRANGE", self._key("index"), 0, limit - 1, "REV")
         return [raw.decode() for raw in found]
+
+    def _key(self, part: str) -> str:
+        return self._keys[QUEUE_PARTS.index(part)]
+
+
+def _meta(job: Job) -> tuple[int, str, int | str]:
+    """A job's level, principal and deadline in milliseconds."""
+    deadline = "" if job.expires_at is None else int(job.expires_at * 1000)
+    return MAX_PRIORITY - job.priority, job.principal.replace("|", "%7C"), deadline
+
+
+def _finite(urgency: float) -> int | str:
+    return "" if urgency == math.inf else int(urgency)
 
 
 def _seconds(mean_ms: bytes) -> float | None:

@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator
 
 from llmstream.store.channel import Channel
 from llmstream.store.entry import Entry, decode_entry
-from llmstream.store.follower import PAGE, Follower
+from llmstream.store.follower import PAGE, Follower, Pages
 from llmstream.store.jobs import Begun, Ended, Jobs
 from llmstream.store.keys import Keys
-from llmstream.store.pipeline import Pipeline
+from llmstream.store.pipeline import Sender
+from llmstream.store.presence import Presence
+from llmstream.store.recent import Recent
 from llmstream.store.tail import Tail
 from llmstream.store.writer import Writer
-from llmstream.types import BEGINNING, Event, EventId
+from llmstream.types import BEGINNING, Durability, Event, EventId
 
 
 class Log:
@@ -22,14 +24,28 @@ class Log:
     """
 
     def __init__(
-        self, writes: Pipeline, reads: Pipeline, jobs: Jobs, keys: Keys, tail: Tail, *, outage_s: float
+        self,
+        writes: Sender,
+        synced: Sender,
+        reads: Sender,
+        jobs: Jobs,
+        keys: Keys,
+        tail: Tail,
+        presence: Presence,
+        recent: Recent,
+        *,
+        outage_s: float,
     ) -> None:
-        self._writes = writes
+        self._senders: dict[Durability, Sender] = {"full": writes, "fsync": synced}
         self._reads = reads
         self._jobs = jobs
         self._keys = keys
         self._tail = tail
+        self._presence = presence
+        self._recent = recent
         self._outage_s = outage_s
+        self._writers: dict[Writer, None] = {}
+        presence.on_rebirth.append(self._verify)
         self._channels = tail.channels
 
     def writer(self, begun: Begun) -> Writer:
@@ -38,23 +54,43 @@ class Log:
         channel = self._channels.get(job_id)
         if channel is None:
             channel = self._channels[job_id] = Channel(job_id)
-        channel.publish(begun.entry, begun.previous)
         channel.owned = channel.located = True
-        self._tail.update(channel)
-        return Writer(
-            self._writes,
+        writer = Writer(
+            self._senders[begun.job.durability],
             self._keys.log(job_id),
             channel,
             self._jobs,
-            begun.attempt,
+            self._presence,
+            self._recent,
+            begun,
             outage_s=self._outage_s,
             on_close=self._disown,
         )
+        self._tail.update(channel)
+        self._writers[writer] = None
+        return writer
 
-    def _disown(self, channel: Channel) -> None:
+    def _verify(self) -> None:
+        for writer in self._writers:
+            writer.verify()
+
+    def _disown(self, writer: Writer) -> None:
+        channel = writer.channel
+        self._writers.pop(writer, None)
         channel.owned = False
         self._release(channel)
         self._tail.update(channel)
+
+    def adopt(self, channel: Channel) -> None:
+        """Lets a log be followed that is only in memory."""
+        channel.owned = True
+        self._channels[channel.job_id] = channel
+
+    def drop(self, channel: Channel) -> None:
+        """Lets go of a log that was only in memory."""
+        channel.owned = False
+        channel.clear()
+        self._release(channel)
 
     def note_end(self, job_id: str, ended: Ended) -> None:
         """Shows followers in this process a terminal entry that was written by ``Jobs.end``."""
@@ -63,7 +99,13 @@ class Log:
             channel.publish(ended.entry, ended.previous)
 
     async def read(self, job_id: str, after: EventId = BEGINNING, limit: int = PAGE) -> list[Entry]:
-        """Reads up to ``limit`` entries behind a position from the store; an empty list at the end of the log."""
+        """Reads up to ``limit`` entries behind a position from the store; an empty list at the end of the log.
+
+        A log that is only in memory comes as a whole.
+        """
+        channel = self._channels.get(job_id)
+        if channel is not None and channel.whole:
+            return channel.behind(after)
         start = "-" if after == BEGINNING else f"({after}"
         raw = await self._reads.call("XRANGE", self._keys.log(job_id), start, "+", "COUNT", limit)
         return [decode_entry(entry_id, fields).after(after) for entry_id, fields in raw]
@@ -75,8 +117,9 @@ class Log:
 
     async def events(self, job_id: str) -> AsyncIterator[Event]:
         """Every event that is logged by now, in order."""
-        position = BEGINNING
-        while entries := await self.read(job_id, position):
+        position, pages = BEGINNING, Pages()
+        while entries := await self.read(job_id, position, pages.limit):
+            pages.fit(entries)
             position = entries[-1].last
             for entry in entries:
                 for event in entry.events:

@@ -29,6 +29,7 @@ class Signals:
         self._connect = connect
         self._wake = keys.wake.encode()
         self._cancel = keys.cancel.encode()
+        self._connection: Connection | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -39,14 +40,19 @@ class Signals:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
+    def renew(self) -> None:
+        """Begins a new connection."""
+        if self._connection is not None:
+            self._connection.abort()
+
     async def _run(self) -> None:
         delay = 0.05
         while True:
-            connection = self._connect()
+            connection = self._connection = self._connect()
             try:
                 async with asyncio.timeout(SILENCE_S):
                     await connection.connect()
-                    await connection.send([pack(("SUBSCRIBE", self._wake, self._cancel))])
+                    connection.write([pack(("SUBSCRIBE", self._wake, self._cancel))])
                 delay = 0.05
                 await self._listen(connection)
             except Exception as error:
@@ -67,7 +73,7 @@ class Signals:
                 if unanswered:
                     raise
                 unanswered = True
-                await connection.send([pack(("PING",))])
+                connection.write([pack(("PING",))])
                 continue
             unanswered = False
             for message in messages:

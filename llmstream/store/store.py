@@ -2,49 +2,94 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from llmstream.config import SchedulerSettings, StoreSettings
-from llmstream.errors import ConfigError, LLMStreamError
-from llmstream.store.connection import connector
+from llmstream.errors import BadRequest, ConfigError, LLMStreamError
+from llmstream.store.cluster import Cluster
 from llmstream.store.embedded import EmbeddedStore
 from llmstream.store.jobs import Jobs
 from llmstream.store.keys import Keys
 from llmstream.store.lanes import Lanes
 from llmstream.store.log import Log
-from llmstream.store.pipeline import Pipeline
+from llmstream.store.memory import Memory, in_memory
+from llmstream.store.node import Node
+from llmstream.store.readers import Readers
+from llmstream.store.recent import Recent
+from llmstream.store.repeats import Repeats
+from llmstream.store.servers import Servers, find_servers
 from llmstream.store.signals import Signals
-from llmstream.store.tail import Tail
+from llmstream.store.tail import BlockingTail, PollingTail, Tail
+from llmstream.types import Durability
 
 OLDEST_REDIS = (7, 0)
 
 
 class Store:
-    """Four connections, however many clients and jobs: writes, reads, the tail of foreign logs, wake-ups."""
+    """A constant number of connections, however many clients and jobs: one for wake-ups, one for the tail of foreign
+    logs where the store is a single server, and those of each :class:`Node`.
+    """
 
-    def __init__(self, url: str, settings: StoreSettings, *, embedded: EmbeddedStore | None = None) -> None:
+    def __init__(
+        self, url: str, settings: StoreSettings, servers: Servers, *, embedded: EmbeddedStore | None = None
+    ) -> None:
         self.url = url
         """Where other processes reach the same store; may hold a password."""
         self.embedded = embedded
         self.keys = Keys(settings.prefix)
         self._settings = settings
-        connect = connector(url, settings.timeout_s)
-        self.writes = Pipeline(connect, settings.timeout_s, "writes")
-        self.reads = Pipeline(connect, settings.timeout_s, "reads")
-        self.tail = Tail(connect, self.writes, self.keys)
-        self.signals = Signals(connect, self.keys)
+        self._servers = servers
+        self.presence = servers.presence
+        self.recent = Recent(self.presence)
+        self.writes, self.synced, self.reads = servers.writes, servers.synced, servers.reads
+        self._sync_problem: str | None = None
+        self.tail: Tail
+        if isinstance(servers, Cluster):
+            self.tail = PollingTail(self.keys, self.reads)
+        else:
+            self.tail = BlockingTail(self.keys, servers.connect, self.writes)
+        self.signals = Signals(servers.connect, self.keys)
+        # What still answers elsewhere may be the old server, cut off from the new one.
+        for part in (servers, self.tail, self.signals):
+            self.presence.on_rebirth.append(part.renew)
         self.jobs = Jobs(
             self.writes,
+            self.synced,
             self.keys,
+            self.presence,
+            self.recent,
             retention_s=settings.retention_s,
             unfinished_retention_s=settings.unfinished_retention_s,
             outage_s=settings.outage_s,
         )
-        self.log = Log(self.writes, self.reads, self.jobs, self.keys, self.tail, outage_s=settings.outage_s)
+        self.readers = Readers(self.writes, self.keys)
+        self.repeats = Repeats(self.writes, self.keys, self.recent)
+        self.log = Log(
+            self.writes,
+            self.synced,
+            self.reads,
+            self.jobs,
+            self.keys,
+            self.tail,
+            self.presence,
+            self.recent,
+            outage_s=settings.outage_s,
+        )
+        self.memory = Memory(
+            self.log,
+            max_bytes=settings.memory_bytes,
+            max_answer_bytes=settings.memory_answer_bytes,
+            retention_s=settings.memory_retention_s,
+        )
+
+    def records(self, job_id: str) -> Jobs | Memory:
+        """Where a job is on record."""
+        return self.memory if in_memory(job_id) else self.jobs
 
     def lanes(self, pool: str, settings: SchedulerSettings) -> Lanes:
         """The queue of one pool."""
@@ -64,26 +109,42 @@ class Store:
         names = await self.writes.call("ZRANGE", self.keys.pools, 0, -1)
         return [name.decode() for name in names]
 
+    @property
+    def nodes(self) -> Collection[Node]:
+        """The servers that the store consists of."""
+        return self._servers.nodes
+
     async def open(self) -> None:
-        for part in (self.writes, self.reads, self.tail, self.signals):
+        """Raises StoreUnavailable when a cluster is not complete."""
+        for part in (self._servers, self.tail, self.signals):
             await part.open()
+        self.presence.open(self._servers.probe)
 
     async def close(self) -> None:
-        for part in (self.signals, self.tail, self.reads, self.writes):
+        await self.presence.close()
+        await self.recent.close()
+        for part in (self.signals, self.tail, self._servers):
             await part.close()
 
     async def ping(self) -> float:
-        """Seconds of one round trip. Raises StoreUnavailable."""
+        """Seconds of one round trip, to the slowest node. Raises StoreUnavailable."""
         start = time.perf_counter()
-        await self.writes.call("PING")
+        await asyncio.gather(*(node.writes.call("PING") for node in self.nodes))
         return time.perf_counter() - start
 
     async def version(self) -> tuple[str, tuple[int, ...]]:
-        """The server's name and version, for example ``("valkey", (9, 1, 2))``."""
-        info = _parse_info(await self.writes.call("INFO", "server"))
-        name = "valkey" if "valkey_version" in info else "redis"
-        number = info.get("valkey_version") or info.get("redis_version") or "0"
-        return name, tuple(int(part) for part in number.split(".") if part.isdigit())
+        """The server's name and version, for example ``("valkey", (9, 1, 2))``; of several the oldest."""
+        return min(await asyncio.gather(*(node.version() for node in self.nodes)), key=lambda found: found[1])
+
+    def check(self, durability: Durability) -> None:
+        """Raises BadRequest when the server cannot give what ``durability`` promises."""
+        if durability == "fsync" and self._sync_problem is not None:
+            raise BadRequest(f"durability 'fsync' {self._sync_problem}", param="durability")
+
+    async def learn(self) -> None:
+        """Finds out whether the server can confirm that a write is on its disk."""
+        problems = await asyncio.gather(*(node.learn() for node in self.nodes))
+        self._sync_problem = next(filter(None, problems), None)
 
     async def health(self) -> dict[str, Any]:
         """A quick look: status, server and time of a round trip; never raises."""
@@ -94,7 +155,7 @@ class Store:
             return {"status": "error", "error": error.message}
         return {
             "status": "ok",
-            "server": f"{name} {'.'.join(map(str, version))}",
+            "server": f"{name} {'.'.join(map(str, version))}{self._servers.kind}",
             "embedded": self.embedded is not None,
             "latency_ms": round(seconds * 1000, 3),
         }
@@ -111,11 +172,14 @@ async def open_store(settings: StoreSettings, data_dir: Path) -> AsyncIterator[S
         if settings.url is None:
             embedded = await stack.enter_async_context(EmbeddedStore(data_dir, settings.sync))
         url = settings.url.get_secret_value() if settings.url is not None else embedded.url if embedded else ""
-        store = Store(url, settings, embedded=embedded)
-        await store.open()
-        stack.push_async_callback(store.close)
         try:
+            servers = await find_servers(url, settings)
+            store = Store(url, settings, servers, embedded=embedded)
+            stack.push_async_callback(store.close)
+            await store.open()
             name, version = await store.version()
+        except ConfigError:
+            raise
         except LLMStreamError as error:
             raise ConfigError(
                 f"The store cannot be used: {error.message} Check REDIS_URL (store.url) and that the server runs."
@@ -123,9 +187,9 @@ async def open_store(settings: StoreSettings, data_dir: Path) -> AsyncIterator[S
         if name == "redis" and version[:2] < OLDEST_REDIS:
             found = ".".join(map(str, version))
             raise ConfigError(f"The store is Redis {found}; llmstream needs Redis 7.0 or later, or Valkey 8 or later.")
+        await store.learn()
+        try:
+            store.check(settings.durability)
+        except BadRequest as error:
+            raise ConfigError(f"store.durability: {error.message}") from error
         yield store
-
-
-def _parse_info(raw: bytes) -> dict[str, str]:
-    lines = (line.partition(":") for line in raw.decode("utf-8", "replace").splitlines())
-    return {key: value.strip() for key, colon, value in lines if colon}

@@ -36,7 +36,7 @@ def job(**body: Any) -> Job:
 
 
 def render(wire: Format, data: Payload, event_id: EventId = HERE) -> str:
-    return wire.render(Event(event_id, data)).decode()
+    return wire.render(*event_id, data).decode()
 
 
 @pytest.mark.parametrize(

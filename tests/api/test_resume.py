@@ -86,7 +86,7 @@ async def _read_with_cuts(http: aiohttp.ClientSession, url: str, cuts: list[Cut]
 
 
 def _expected(wire: Format, log: Sequence[Event]) -> list[Frame]:
-    raw = b"".join(wire.render(event) for event in log)
+    raw = b"".join(wire.render(*event.id, event.data) for event in log)
     return [frame for frame in Parser().feed(raw) if frame.id is not None]
 
 
@@ -233,7 +233,8 @@ async def test_a_log_that_expires_under_its_reader_is_no_end(tmp_path: Path) -> 
             answer = await submit(http, echo={"tokens": 200_000})
             await finished(server, answer["task_id"])
             async with http.get(answer["stream_url"]) as response:
-                await other.jobs.discard(answer["task_id"])
+                gone = [key(answer["task_id"]) for key in (other.keys.job, other.keys.log)]
+                await other.writes.call("DEL", *gone)
                 frames = Parser().feed(await response.read())
             assert len(frames) < 200_000
             assert frames[-1].id is None

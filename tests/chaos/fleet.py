@@ -3,89 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import signal
-import sys
-import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from llmstream.config import StoreSettings
-from llmstream.store.embedded import find_server
-from llmstream.store.store import Store, open_store
+from llmstream.config import SchedulerSettings
+from llmstream.store.store import Store
+from tests.chaos.reader import Reader
+from tests.chaos.service import Service
 from tests.proxy import Proxy
-from tests.waiting import wait_until
+from tests.valkey import Valkey, stores, valkey
 
-DELAY_MS = 20
-SLOTS = 24
-"""Any one replica could run everything: a take-over never waits for a slot."""
-
-
-class OutsideStore:
-    """A Valkey process that belongs to no replica."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.socket = folder / "outside.sock"
-
-    @property
-    def url(self) -> str:
-        return f"unix://{self.socket}"
-
-    async def start(self) -> None:
-        words = {"port": "0", "unixsocket": self.socket, "dir": self._folder, "appendonly": "yes", "save": ""}
-        flags = [str(word) for key, value in words.items() for word in (f"--{key}", value)]
-        self._process = await asyncio.create_subprocess_exec(
-            find_server(), *flags, stdout=asyncio.subprocess.DEVNULL, start_new_session=True
-        )
-
-    async def kill(self) -> None:
-        if self._process.returncode is None:
-            self._process.kill()
-        await self._process.wait()
+QUIET_S = 20.0
+"""A client hears nothing for so long before it asks another replica."""
 
 
-class Replica:
-    """One ``llmstream serve``."""
+class Replica(Service):
+    """One ``llmstream serve`` without a store of its own."""
 
-    def __init__(self, folder: Path, store_url: str, settings: dict[str, object]) -> None:
-        self._folder = folder
-        self._words = {
-            "store.url": store_url,
-            "models.echo.engine": "echo",
-            "models.echo.slots": SLOTS,
-            "models.echo.delay_ms": DELAY_MS,
-            "scheduler.max_attempts": 50,
-            "server.shutdown_grace_s": 10,
-            **settings,
-        }
-        self.url = ""
+    def __init__(self, folder: Path, store_url: str, settings: Mapping[str, object]) -> None:
+        super().__init__(folder, {"store.url": store_url, **settings})
         self.up = False
+        """Whether clients may connect."""
 
     async def start(self) -> None:
-        self._folder.mkdir(exist_ok=True)
-        flags = [word for key, value in self._words.items() for word in ("--set", f"{key}={value}")]
-        command = ["-m", "llmstream", "serve", "--port", "0", "--data-dir", str(self._folder), *flags]
-        with (self._folder / "stderr.txt").open("ab") as errors:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable, *command, stdout=asyncio.subprocess.DEVNULL, stderr=errors, start_new_session=True
-            )
-        await wait_until(self._listens, timeout=60)
+        await super().start()
         self.up = True
-
-    def _listens(self) -> bool:
-        assert self.process.returncode is None, (self._folder / "stderr.txt").read_text()
-        try:
-            found = json.loads((self._folder / "server.json").read_bytes())
-        except (OSError, ValueError):
-            return False
-        self.url = found["url"]
-        return bool(found["pid"] == self.process.pid)
 
     def send(self, number: signal.Signals) -> None:
         """Sends a signal; clients avoid the replica until it is up again."""
@@ -93,119 +42,124 @@ class Replica:
         self.process.send_signal(number)
 
     async def end(self, number: signal.Signals = signal.SIGKILL) -> int:
-        if self.process.returncode is None:
-            self.send(number)
-        async with asyncio.timeout(30):
-            return await self.process.wait()
+        self.up = False
+        return await super().end(number)
+
+    def owns(self, name: str | None) -> bool:
+        """Whether the store means this process by a replica's name."""
+        return name is not None and int(name.rsplit("-", 2)[1]) == self.process.pid
+
+    async def generating(self) -> int:
+        """How many answers its local models and providers are busy with, by its own count."""
+        async with aiohttp.ClientSession(self.url) as http, http.get("/health/full") as answer:
+            health = await answer.json()
+        return sum(provider.get("running", 0) for provider in health["providers"].values())
 
 
 class Fleet:
     """Several replicas, the last one behind a network that can be cut."""
 
-    def __init__(self, store: OutsideStore, proxy: Proxy, replicas: list[Replica], rng: random.Random) -> None:
+    def __init__(self, store: Valkey, proxy: Proxy, replicas: Sequence[Replica]) -> None:
         self.store = store
         self.proxy = proxy
         self.replicas = replicas
-        self.rng = rng
-
-    def any_url(self, avoid: Replica | None = None) -> str | None:
-        """Where a client may connect now."""
-        up = [replica for replica in self.replicas if replica.up and replica is not avoid]
-        return self.rng.choice(up).url if up else None
 
     @asynccontextmanager
     async def inside(self) -> AsyncIterator[Store]:
         """The store, looked at directly."""
-        settings = StoreSettings.model_validate({"url": self.store.url})
-        async with open_store(settings, Path("unused")) as store:
+        async with stores(self.store.url) as (store,):
             yield store
+
+    @asynccontextmanager
+    async def only(self, chosen: Replica) -> AsyncIterator[None]:
+        """Stops all others for a moment: what is submitted now is generated by the chosen one."""
+        others = [replica for replica in self.replicas if replica is not chosen]
+        for replica in others:
+            replica.send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for replica in others:
+                replica.send(signal.SIGCONT)
 
 
 @asynccontextmanager
-async def open_fleet(folder: Path, seed: int, count: int = 3, **settings: object) -> AsyncIterator[Fleet]:
+async def open_fleet(folder: Path, settings: Mapping[str, object], count: int = 3) -> AsyncIterator[Fleet]:
     """A store, a proxy and ``count`` replicas; all of them end with the context."""
-    outside = OutsideStore(folder)
     async with AsyncExitStack() as stack:
-        await outside.start()
-        stack.push_async_callback(outside.kill)
-        await wait_until(outside.socket.exists)
+        outside = await stack.enter_async_context(valkey(folder))
         proxy = await stack.enter_async_context(Proxy(outside.socket))
         urls = [outside.url] * (count - 1) + [proxy.url]
         replicas = [Replica(folder / f"r{number}", url, settings) for number, url in enumerate(urls)]
         for replica in replicas:
-            stack.push_async_callback(_end, replica)
+            stack.push_async_callback(replica.close)
         await asyncio.gather(*(replica.start() for replica in replicas))
-        yield Fleet(outside, proxy, replicas, random.Random(seed))
+        yield Fleet(outside, proxy, replicas)
 
 
-async def _end(replica: Replica) -> None:
-    if hasattr(replica, "process") and replica.process.returncode is None:
-        replica.process.kill()
-        await replica.process.wait()
+@dataclass(frozen=True)
+class Question:
+    """What one client asks, and what an undisturbed model answers."""
+
+    body: Mapping[str, Any]
+    tokens: Sequence[str]
+    status: str = "completed"
+    """How the job has to end. Of one that fails, what it had said has to be kept."""
+    length: int | None = None
+    """Compares only the number of tokens: a real model's sums differ in the last bit with what it runs beside."""
 
 
 class Answer:
     """One job and the client that reads it to its end, wherever it can be read."""
 
-    def __init__(self, fleet: Fleet, length: int) -> None:
-        self.length = length
+    def __init__(self, fleet: Fleet, question: Question, rng: random.Random, quiet_s: float = QUIET_S) -> None:
+        self.question = question
         self.job_id = ""
-        self.text = ""
-        self.status = ""
-        self.faults: list[str] = []
-        self.arrivals: list[float] = []
-        """When each piece of the answer came, in seconds of the monotonic clock."""
+        self.reader = Reader()
         self._fleet = fleet
-        self._last_id = ""
+        self._rng = rng
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=2, sock_read=quiet_s)
+        self._path = ""
 
-    async def ask_and_read(self, avoid: Replica | None = None) -> None:
-        path = ""
-        while not path:
-            path = await self._ask()
-        while not self.status:
-            url = self._fleet.any_url(avoid)
-            if url is not None:
-                await self._read(url, path)
-            if not self.status:
+    async def ask(self, at: Replica | None = None) -> None:
+        """Asks until some replica accepts; the given one where it can."""
+        while not self._path:
+            replica = self._choose(at, None)
+            if replica is None or not await self._accepted(replica):
                 await asyncio.sleep(0.05)
 
-    async def _ask(self) -> str:
-        body = {"message": "count", "model": "echo", "echo": {"tokens": self.length}}
-        url = self._fleet.any_url()
+    async def read(self, first: Replica | None = None) -> None:
+        """Reads to the end; begins at the given replica and changes to another when a connection breaks."""
+        replica = self._choose(first, None)
+        while not self.reader.end:
+            if replica is not None:
+                with suppress(aiohttp.ClientError, TimeoutError):
+                    async with aiohttp.ClientSession(replica.url, timeout=self._timeout) as http:
+                        await self.reader.read(http, self._path)
+            if not self.reader.end:
+                await asyncio.sleep(0.05)
+                replica = self._choose(None, replica)
+
+    def _choose(self, wanted: Replica | None, left: Replica | None) -> Replica | None:
+        up = [replica for replica in self._fleet.replicas if replica.up]
+        if wanted in up:
+            return wanted
+        return self._rng.choice([replica for replica in up if replica is not left] or up or [None])
+
+    async def _accepted(self, replica: Replica) -> bool:
         try:
             async with (
-                aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=5)) as http,
-                http.post("/chat/async", json=body) as answer,
+                aiohttp.ClientSession(replica.url, timeout=aiohttp.ClientTimeout(total=5)) as http,
+                http.post("/chat/async", json=self.question.body) as answer,
             ):
                 told = await answer.json()
-                self.job_id = told["task_id"]
-                return str(told["stream_url"])
+                self.job_id, self._path = told["task_id"], told["stream_url"]
         except (aiohttp.ClientError, TimeoutError, KeyError, ValueError):
-            await asyncio.sleep(0.05)
-            return ""
+            return False
+        return True
 
-    async def _read(self, url: str, path: str) -> None:
-        headers = {"Last-Event-ID": self._last_id} if self._last_id else {}
-        quiet = aiohttp.ClientTimeout(total=None, sock_connect=2, sock_read=20)
-        try:
-            async with aiohttp.ClientSession(url, timeout=quiet) as http, http.get(path, headers=headers) as answer:
-                event_id = ""
-                async for raw in answer.content:
-                    name, _, value = raw.decode().rstrip("\r\n").partition(": ")
-                    if name == "id":
-                        event_id = value
-                    elif name == "data":
-                        self._take(json.loads(value))
-                    elif not name and event_id:
-                        self._last_id = event_id
-        except (aiohttp.ClientError, TimeoutError):
-            return
 
-    def _take(self, data: dict[str, Any]) -> None:
-        if data["type"] in ("restart", "error"):
-            self.faults.append(data["type"])
-        if content := data.get("content"):
-            self.text += content
-            self.arrivals.append(time.monotonic())
-        if data["type"] in ("complete", "error"):
-            self.status = data["type"]
+async def running(store: Store, pool: str, replica: Replica) -> int:
+    """How many jobs of a pool a replica has claimed."""
+    census = await store.lanes(pool, SchedulerSettings()).census()
+    return sum(count for name, count in census.running.items() if replica.owns(name))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import itertools
 import os
 import random
 import signal
 import socket
+import termios
+import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import aiohttp
@@ -18,8 +21,9 @@ import pytest
 
 from llmstream.store.store import Store
 from llmstream.types import Event, Started
-from tests.chaos.test_kill import assert_exact, attempts_in
-from tests.chaos.workers import Reader, Workers, alive, all_done, pid_of, workers
+from tests.chaos.reader import Reader
+from tests.chaos.truths import assert_exact, attempts_in
+from tests.chaos.workers import Workers, alive, all_done, pid_of, workers
 from tests.conftest import assert_every_key_expires
 from tests.logs import stored
 from tests.replica import tokens
@@ -30,7 +34,8 @@ SHARE = 0.2
 
 
 async def test_all_workers_serve_under_one_address(tmp_path: Path) -> None:
-    """Connections reach every worker, ``server.json`` names the one address, and each log line its process."""
+    """Connections reach every worker, ``server.json`` names the one address, and each log line its process. Where
+    there is no terminal SIGHUP replaces all workers."""
     async with workers(tmp_path, 2, logging__level="DEBUG") as service:
         names = set(await service.replicas())
         assert len(names) == 2
@@ -42,6 +47,8 @@ async def test_all_workers_serve_under_one_address(tmp_path: Path) -> None:
         (pid, _) = pids
         os.kill(pid, signal.SIGKILL)
         await wait_until(lambda: f"replica process {pid} was ended by SIGKILL" in service.log)
+        service.process.send_signal(signal.SIGHUP)
+        await wait_until(lambda: replaced(service, names), timeout=30)
 
 
 async def test_a_killed_worker_interrupts_no_stream(
@@ -55,48 +62,55 @@ async def test_a_killed_worker_interrupts_no_stream(
     ):
         victim, survivor = await service.replicas()
         client = await stack.enter_async_context(service.connection(victim))
-        jobs = [await client.submit(tokens=120) for _ in range(8)]
-        readers = [Reader(job) for job in jobs]
+        paths = dict([await client.ask(tokens=120) for _ in range(8)])
+        readers = {job: Reader() for job in paths}
         reading = []
-        for reader in readers:
+        for job, reader in readers.items():
             connection = await stack.enter_async_context(service.connection(survivor))
-            reading.append(asyncio.create_task(reader.read(connection.http)))
-        await wait_until(lambda: all(len(reader.text) > len(tokens(10)) for reader in readers))
+            reading.append(asyncio.create_task(reader.read(connection.http, paths[job])))
+        await wait_until(lambda: all(len(reader.pieces) > 10 for reader in readers.values()))
         async with service.store() as store:
-            states = await store.jobs.find_all(jobs)
+            states = await store.jobs.find_all(list(paths))
             hit = {state.job.id for state in states if state.replica == victim}
             assert hit
-            killed_at = asyncio.get_running_loop().time()
+            killed_at = time.monotonic()
             os.kill(pid_of(victim), signal.SIGKILL)
             await asyncio.gather(*reading)
-            gaps = [reader.first_of[2] - killed_at for reader in readers if reader.job_id in hit]
-            for reader in readers:
-                assert reader.ended
+            gaps = [next(piece.at for piece in readers[job].pieces if piece.id.attempt == 2) - killed_at for job in hit]
+            for job, reader in readers.items():
+                assert reader.end == "complete"
                 assert reader.text == tokens(120)
-                log = await stored(store, reader.job_id)
+                log = await stored(store, job)
                 assert_exact(log, 120)
-                assert attempts_in(log) == (2 if reader.job_id in hit else 1)
+                assert attempts_in(log) == (2 if job in hit else 1)
             record_testsuite_property("takeover_s", max(gaps))
             assert max(gaps) <= TAKEOVER_S
             await wait_until(lambda: replaced(service, {victim}), timeout=30)
             async with service.connection((set(await service.replicas()) - {survivor}).pop()) as fresh:
-                job = await fresh.submit(tokens=3)
-                reader = Reader(job)
-                await reader.read(fresh.http)
+                _, path = await fresh.ask(tokens=3)
+                reader = Reader()
+                await reader.read(fresh.http, path)
                 assert reader.text == tokens(3)
             await assert_every_key_expires(store)
 
 
 async def test_a_rolling_restart_under_load_loses_nothing(tmp_path: Path) -> None:
-    """SIGHUP replaces every worker while clients submit and read: each accepted job ends with its exact answer, and
-    no job was run again except where it was handed over."""
-    async with workers(tmp_path, 2, models__echo__delay_ms=10) as service:
+    """SIGUSR2 replaces every worker while clients submit and read, also of a service that nohup keeps alive without
+    its terminal and without anybody who reads what it prints: each accepted job ends with its exact answer, and no job
+    was run again except where it was handed over."""
+    service = Workers(tmp_path, 2, {"models.echo.delay_ms": 10})
+    unread, printed = os.pipe()
+    os.close(unread)
+    async with on_a_terminal(service, take_terminal_under_nohup, stdout=printed) as hang_up:
+        os.close(printed)
+        hang_up()
+        service.process.send_signal(signal.SIGHUP)
         before = set(await service.replicas())
         accepted: list[str] = []
         done = asyncio.Event()
         clients = [asyncio.create_task(ask(service, accepted, done)) for _ in range(8)]
         await wait_until(lambda: len(accepted) > 16)
-        service.process.send_signal(signal.SIGHUP)
+        service.process.send_signal(signal.SIGUSR2)
         await wait_until(lambda: replaced(service, before), timeout=60)
         done.set()
         await asyncio.gather(*clients)
@@ -112,6 +126,73 @@ async def test_a_rolling_restart_under_load_loses_nothing(tmp_path: Path) -> Non
                 handed_over += given
             assert handed_over
             await assert_every_key_expires(store)
+
+
+async def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
+    """A stopped worker is killed after its timeout: who reads from it is cut off and reads on from another one, and
+    there is a new one in its place."""
+    settings = {"models__echo__delay_ms": 20, "server__worker_timeout_s": 1.5}
+    async with workers(tmp_path, 2, **settings) as service:
+        victim, survivor = await service.replicas()
+        async with service.connection(victim) as client, service.connection(survivor) as other:
+            _, path = await client.ask(tokens=60)
+            reader = Reader()
+            reading = asyncio.create_task(reader.read(client.http, path))
+            await wait_until(lambda: len(reader.pieces) > 5)
+            os.kill(pid_of(victim), signal.SIGSTOP)
+            async with asyncio.timeout(15):
+                with pytest.raises(aiohttp.ClientError):
+                    await reading
+                await reader.read(other.http, path)
+        assert reader.end == "complete"
+        assert reader.text == tokens(60)
+        assert f"Replica process {pid_of(victim)} showed no life for 1.5 s." in service.log
+        await wait_until(lambda: replaced(service, {victim}), timeout=30)
+
+
+def take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def take_terminal_under_nohup() -> None:
+    take_terminal()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@asynccontextmanager
+async def on_a_terminal(service: Workers, take: Callable[[], None], **spawn: int) -> AsyncIterator[Callable[[], None]]:
+    """Runs a service on a terminal of its own; the value closes it."""
+    ours, its = os.openpty()
+    service.spawn = {"stdin": its, "stdout": its, "stderr": its, "preexec_fn": take, **spawn}
+    loop = asyncio.get_running_loop()
+    loop.add_reader(ours, lambda: os.read(ours, 1 << 16))
+
+    def hang_up() -> None:
+        loop.remove_reader(ours)
+        os.close(ours)
+
+    try:
+        await service.start()
+        os.close(its)
+        yield hang_up
+    finally:
+        await service.close()
+
+
+async def test_a_closed_terminal_ends_the_service(tmp_path: Path) -> None:
+    """SIGHUP from a closed terminal ends everything in order, and only that: sent by hand it restarts the workers of a
+    service on a terminal as well."""
+    service = Workers(tmp_path, 2, {})
+    async with on_a_terminal(service, take_terminal) as hang_up:
+        before = set(await service.replicas())
+        service.process.send_signal(signal.SIGHUP)
+        await wait_until(lambda: replaced(service, before), timeout=30)
+        pids = [pid_of(name) for name in await service.replicas()]
+        hang_up()
+        async with asyncio.timeout(20):
+            assert await service.process.wait() == 0
+        assert not any(map(alive, pids))
+        assert not (tmp_path / "server.json").exists()
 
 
 async def test_sigterm_ends_all_workers_within_the_grace(tmp_path: Path) -> None:
@@ -142,8 +223,16 @@ async def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
         assert all(map(alive, pids))
         await service.end(signal.SIGKILL)
         await wait_until(lambda: not any(map(alive, pids)))
-        with socket.create_server(("127.0.0.1", int(service.url.rpartition(":")[2]))):
-            pass
+        # A process whose first thread has ended keeps its sockets until the last one has.
+        await wait_until(lambda: is_free(int(service.url.rpartition(":")[2])))
+
+
+def is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 async def test_a_worker_that_cannot_start_ends_the_command(tmp_path: Path) -> None:
@@ -216,14 +305,14 @@ async def ask(service: Workers, accepted: list[str], done: asyncio.Event) -> Non
                     if answer.status == 503:
                         continue
                     assert answer.status == 202, await answer.text()
-                    job = str((await answer.json())["task_id"])
+                    told = await answer.json()
             except aiohttp.ClientError:
                 continue
-            accepted.append(job)
-            reader = Reader(job)
-            while not reader.ended:
+            accepted.append(told["task_id"])
+            reader = Reader()
+            while not reader.end:
                 with suppress(aiohttp.ClientError):
-                    await reader.read(http)
+                    await reader.read(http, told["stream_url"])
             assert reader.text == tokens(40)
 
 

@@ -21,6 +21,7 @@ from llmstream.providers.base import Provider
 from llmstream.providers.echo import EchoProvider
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, Event, EventId, GenerateRequest, Usage
+from tests.providers.asking import batches
 from tests.waiting import wait_until
 
 
@@ -37,7 +38,7 @@ async def collect(
     provider: Provider, request: GenerateRequest, so_far: Transcript | None = None, into: list[Delta] | None = None
 ) -> list[Delta]:
     deltas: list[Delta] = [] if into is None else into
-    async for batch in provider.generate(request, so_far):
+    async for batch in batches(provider, request, so_far):
         deltas += batch
     return deltas
 
@@ -166,8 +167,8 @@ async def test_pace() -> None:
         slept.append(seconds)
 
     provider = EchoProvider("echo", ModelSettings(engine="echo", delay_ms=20), sleep=sleep)
-    batches = [len(batch) async for batch in provider.generate(ask(), None)]
-    assert (slept, batches) == ([0.02] * 3, [1, 1, 1, 1])
+    sizes = [len(batch) async for batch in batches(provider, ask())]
+    assert (slept, sizes) == ([0.02] * 3, [1, 1, 1, 1])
     slept.clear()
     await collect(provider, ask(echo={"delay_ms": 5}))
     assert slept == [0.005] * 3
@@ -192,10 +193,10 @@ async def test_others_run_meanwhile() -> None:
 async def test_closing_the_iterator() -> None:
     """Closing the iterator ends the generation at once."""
     provider = echo()
-    batches = provider.generate(ask(echo={"tokens": 1000}), None)
-    await anext(batches)
+    answer = batches(provider, ask(echo={"tokens": 1000}))
+    await anext(answer)
     assert provider.running == 1
-    await batches.aclose()
+    await answer.aclose()
     assert provider.running == 0
 
 

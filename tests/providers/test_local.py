@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from llmstream.providers import device
 from llmstream.providers.local import LocalProvider
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest
-from tests.providers.asking import chat, collect, completion, logged, text_of
+from tests.providers.asking import batches, chat, collect, completion, logged, text_of
 from tests.providers.conftest import TINY_CONTEXT
 from tests.waiting import wait_until
 
@@ -51,7 +53,7 @@ async def test_an_answer_ends_with_a_reason_and_the_usage(provider: LocalProvide
 
 async def test_a_killed_engine_fails_its_answers_and_comes_back(provider: LocalProvider) -> None:
     """SIGKILL of the engine is a retryable error for all running answers, and the next request waits for a new one."""
-    running = [provider.generate(chat(f"question {number}"), None) for number in range(2)]
+    running = [batches(provider, chat(f"question {number}")) for number in range(2)]
     for answer in running:
         await anext(answer)
     pid = kill(provider)
@@ -92,7 +94,7 @@ async def test_a_check_under_way_when_the_engine_dies_fails_or_is_answered(provi
 
 async def test_closing_an_answer_frees_its_slot(provider: LocalProvider) -> None:
     """After ``aclose`` of as many answers as there are slots, as many new ones can run at once."""
-    abandoned = [provider.generate(chat(f"question {number}"), None) for number in range(2)]
+    abandoned = [batches(provider, chat(f"question {number}")) for number in range(2)]
     for answer in abandoned:
         await anext(answer)
     before = time.perf_counter()
@@ -106,7 +108,7 @@ async def test_closing_an_answer_frees_its_slot(provider: LocalProvider) -> None
 async def test_an_engine_that_hangs_is_replaced(provider: LocalProvider, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a cancelled answer does not end in time, the engine is killed and a new one takes over."""
     monkeypatch.setattr(device, "CANCEL_DEADLINE_S", 0.2)
-    answer = provider.generate(chat(), None)
+    answer = batches(provider, chat())
     await anext(answer)
     pid = provider.pid
     assert pid is not None
@@ -121,7 +123,7 @@ async def test_a_cancelled_task_waits_for_its_slot_to_be_free(provider: LocalPro
     started = asyncio.Event()
 
     async def read() -> None:
-        async for _ in provider.generate(chat(), None):
+        async for _ in batches(provider, chat()):
             started.set()
 
     reader = asyncio.create_task(read())
@@ -134,7 +136,7 @@ async def test_a_cancelled_task_waits_for_its_slot_to_be_free(provider: LocalPro
 
 async def test_more_answers_than_slots_wait_and_can_be_cancelled_there(provider: LocalProvider) -> None:
     """An answer that waits for a slot is cancelled at once, while the others go on."""
-    running = [provider.generate(chat(f"question {number}"), None) for number in range(2)]
+    running = [batches(provider, chat(f"question {number}")) for number in range(2)]
     for answer in running:
         await anext(answer)
     waiting = asyncio.create_task(collect(provider, chat("a third")))
@@ -274,6 +276,13 @@ async def test_closing_ends_the_process(tiny_gguf: Path) -> None:
         await provider.check(chat())
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose sockets have names that the system takes: 107 bytes at most."""
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        yield Path(folder)
+
+
 PARENT = """
 import asyncio, pathlib, sys
 from llmstream.config import ModelSettings
@@ -288,9 +297,9 @@ asyncio.run(main())
 """
 
 
-async def test_the_engine_dies_with_the_service(tiny_gguf: Path, tmp_path: Path) -> None:
+async def test_the_engine_dies_with_the_service(tiny_gguf: Path, short_path: Path) -> None:
     """SIGKILL of the service leaves no engine behind."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(short_path)}
     parent = await asyncio.create_subprocess_exec(
         sys.executable, "-c", PARENT, str(tiny_gguf), stdout=subprocess.PIPE, env=environment
     )

@@ -20,10 +20,13 @@ from llmstream.errors import (
     UpstreamLimited,
     UpstreamRejected,
 )
+from llmstream.providers import openai as openai_module
 from llmstream.providers.base import Provider
 from llmstream.providers.openai import OpenAIProvider
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, Event, EventId, GenerateRequest, Usage
+from tests.providers.asking import Tray, batches, collect
+from tests.providers.http.raw import Heard, RawServer
 from tests.upstream import Reply, Upstream
 from tests.waiting import wait_until
 
@@ -55,21 +58,17 @@ def ask(**body: Any) -> GenerateRequest:
     return GenerateRequest(kind="chat", model="m", body={"model": "m", "messages": messages, **body})
 
 
-async def collect(provider: Provider, request: GenerateRequest, so_far: Transcript | None = None) -> list[Delta]:
-    return [delta async for batch in provider.generate(request, so_far) for delta in batch]
-
-
 async def until_error(
     provider: Provider, request: GenerateRequest, gate: asyncio.Event | None = None, at: int = 0
 ) -> tuple[list[Delta], LLMStreamError]:
     """What came before the error, and the error; opens ``gate`` when ``at`` deltas have come."""
     deltas: list[Delta] = []
-    batches = provider.generate(request, None)
+    answer = batches(provider, request)
     while True:
         if gate is not None and len(deltas) == at:
             gate.set()
         try:
-            deltas += await anext(batches)
+            deltas += await anext(answer)
         except LLMStreamError as error:
             return deltas, error
 
@@ -237,6 +236,14 @@ async def test_web_page(provider: OpenAIProvider, upstream: Upstream) -> None:
     assert "base_url" in error.message
 
 
+async def test_compressed(provider: OpenAIProvider, upstream: Upstream) -> None:
+    """An answer is asked for without compression, and one that comes compressed all the same is named."""
+    upstream.replies.append(Reply(headers={"Content-Encoding": "gzip"}))
+    _, error = await until_error(provider, ask())
+    assert upstream.requests[0].headers["Accept-Encoding"] == "identity"
+    assert "gzip" in error.message
+
+
 def wrong(message: str, **members: Any) -> dict[str, Any]:
     return {"error": {"message": message, "type": "invalid_request_error", **members}}
 
@@ -338,9 +345,9 @@ async def test_closing_hangs_up(provider: OpenAIProvider, upstream: Upstream, po
 async def test_closing_the_iterator_hangs_up(provider: OpenAIProvider, upstream: Upstream) -> None:
     """Closing the iterator between two batches ends the upstream's connection."""
     upstream.replies.append(Reply(fault="stall", at=2))
-    batches = provider.generate(ask(), None)
-    await anext(batches)
-    await batches.aclose()
+    answer = batches(provider, ask())
+    await anext(answer)
+    await answer.aclose()
     async with asyncio.timeout(5):
         await upstream.requests[0].hung_up.wait()
 
@@ -372,9 +379,13 @@ async def test_end_behind_done(provider: OpenAIProvider, upstream: Upstream, end
     end = asyncio.Event()
     upstream.replies.append(Reply(gates={4: end}))
     async with asyncio.timeout(5):
-        async for batch in provider.generate(ask(), None):
+        async for batch in batches(provider, ask()):
             if ends and batch[-1].usage:
                 end.set()
+    if ends:
+        client = provider._client
+        assert client is not None
+        await wait_until(lambda: not client._lingering)
     await collect(provider, ask())
     assert len({id(seen.connection) for seen in upstream.requests}) == (1 if ends else 2)
 
@@ -382,12 +393,47 @@ async def test_end_behind_done(provider: OpenAIProvider, upstream: Upstream, end
 async def test_slow_reader_slows_the_upstream(provider: OpenAIProvider, upstream: Upstream) -> None:
     """An answer that nobody takes stops being read, so that it does not fill the memory."""
     upstream.replies.append(Reply(pieces=["x" * 65536] * 1000))
-    batches = provider.generate(ask(), None)
-    first = await anext(batches)
-    assert sum(len(delta.text) for delta in first) < 10_000_000
+    tray = Tray()
+    task = asyncio.create_task(provider.generate(ask(), None, tray))
+    await wait_until(lambda: tray.congested)
+    held = -1
+    while tray.characters > held:
+        held = tray.characters
+        await asyncio.sleep(0.02)
+    assert held < 10_000_000
     assert not upstream.requests[0].answered
-    rest = [delta async for batch in batches for delta in batch]
-    assert sum(len(delta.text) for delta in [*first, *rest]) == 65536 * 1000
+    taken = len("".join(delta.text for delta in tray.take()))
+    while not task.done() or tray.congested:
+        taken += sum(len(delta.text) for delta in tray.take())
+        await asyncio.sleep(0)
+    assert taken == 65536 * 1000
+
+
+async def test_a_refusal_without_end() -> None:
+    """The reason of a refusal is read only so far."""
+
+    async def script(heard: Heard) -> None:
+        await heard.say(b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while not heard.hung_up:
+            await heard.say(b"1000\r\n%b\r\n" % (b"x" * 4096))
+
+    async with RawServer(script) as server:
+        provider = connect(server.url)
+        await provider.open()
+        async with asyncio.timeout(openai_module._ERROR_BODY_S / 2):
+            _, error = await until_error(provider, ask())
+            await wait_until(lambda: server.requests[0].hung_up)
+        assert len(error.message) < 2000
+        await provider.close()
+
+
+@pytest.mark.parametrize("fault", ["cut", "reset"])
+async def test_what_came_before_the_cut(provider: OpenAIProvider, upstream: Upstream, fault: Any) -> None:
+    """What arrived right before a connection broke is kept."""
+    upstream.replies.append(Reply(fault=fault, at=3))
+    deltas, error = await until_error(provider, ask())
+    assert transcript(deltas).text == "Hello there you"
+    assert isinstance(error, UpstreamBroken)
 
 
 async def test_prefill(provider: OpenAIProvider, upstream: Upstream) -> None:
@@ -479,6 +525,7 @@ async def test_two_closings_and_none_open(upstream: Upstream) -> None:
     ("settings", "words"),
     [
         ({"base_url": "https://u:p@x/v1"}, "not both"),
+        ({"base_url": f"https://{'x' * 64}/v1", "api_key": "geheim"}, "name of its host"),
         ({"base_url": "https://x/v1", "api_key": "schlüssel-geheim"}, "api_key"),
         ({"base_url": "https://x/v1", "api_key": "geheim\nx: y"}, "api_key"),
     ],

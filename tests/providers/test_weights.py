@@ -200,6 +200,7 @@ async def test_a_killed_pull_leaves_nothing_to_be_mistaken(index: Index, tmp_pat
     await within(index.half_sent.wait())
     process.send_signal(signal.SIGKILL)
     await within(process.wait())
+    await within(index.hung_up.wait())  # its downloader is gone, too
     assert resolve("tiny", tmp_path, catalogue=index.catalogue) is None
     assert len(visible(tmp_path)) == 1
     index.go_on.set()

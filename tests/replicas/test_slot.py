@@ -49,7 +49,7 @@ class Sleepers:
 async def kept() -> AsyncIterator[tuple[Slot, Sleepers]]:
     """A filled slot that replaces what dies in it."""
     crew = Sleepers()
-    slot = Slot(crew, list)
+    slot = Slot(crew, list, 60)
     await slot.fill()
     keeping = asyncio.create_task(slot.keep())
     try:

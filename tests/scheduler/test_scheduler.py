@@ -254,7 +254,7 @@ async def test_a_claim_that_arrives_late_strands_no_job(store: Store, monkeypatc
         blocker = await submit(store, fault="stall")
         await wait_until(lambda: _is(status_of(store, blocker), "in_progress"))
         job = await submit(store, tokens=5)
-        assert await lanes_of(store).claim("r1", 1) == [job.id]
+        assert (await lanes_of(store).claim("r1", 1)).ids == [job.id]
         await store.jobs.end(blocker.id, finished("cancelled"))
         assert text_of(await drain(store.log.follow(job.id))) == tokens(5)
 
@@ -262,7 +262,7 @@ async def test_a_claim_that_arrives_late_strands_no_job(store: Store, monkeypatc
 async def test_a_claim_is_never_without_a_lease(store: Store) -> None:
     """Jobs claimed by a replica that never sends a heartbeat are taken back all the same."""
     job = await submit(store, tokens=5)
-    assert await lanes_of(store).claim("ghost", 1) == [job.id]
+    assert (await lanes_of(store).claim("ghost", 1)).ids == [job.id]
     async with replica(store):
         assert text_of(await drain(store.log.follow(job.id))) == tokens(5)
 

@@ -52,6 +52,7 @@ def make_worker(
 ) -> Worker:
     return Worker(
         job.id,
+        0,
         replica="r1",
         jobs=store.jobs,
         log=store.log,
@@ -104,7 +105,7 @@ async def test_a_fault_that_stays_fails_the_job(store: Store, fault: str, attemp
     """A fault that never passes ends in ``failed`` with its code, after all attempts where trying again can help; what
     was produced is kept."""
     job = await submit(store, tokens=LENGTH, fault=fault, at=at)
-    assert await make_worker(store, job).run() == "done"
+    assert await make_worker(store, job).run() == ("dead" if attempts == 3 else "done")
     log, end = await ending(store, job)
     assert end.failure is not None
     assert (end.status, end.failure.code, attempts_in(log), text_of(log)) == ("failed", code, attempts, tokens(at))
@@ -179,7 +180,7 @@ async def test_the_total_deadline_counts_from_the_first_attempt(store: Store) ->
     """Attempts of other replicas use up the same time."""
     clock = Clock()
     job = await submit(store, tokens=LENGTH, fault="stall")
-    await store.jobs.begin(job.id, Started(replica="dead", at=clock.now), 3)
+    await store.jobs.begin(job.id, Started(replica="dead", at=clock.now), 3, 0)
     clock.now += 301
     worker = make_worker(store, job, clock=clock, total_s=300.0)
     assert await with_heartbeats(worker, asyncio.create_task(worker.run())) == "done"
@@ -217,7 +218,9 @@ async def test_the_deadline_passes_in_a_pause(store: Store) -> None:
     worker = make_worker(store, job, Scripted(generate), clock=clock, total_s=300.0, stall_s=0.001, first_token_s=0.001)
     task = asyncio.create_task(worker.run())
     await paused.wait()
-    await wait_until(lambda: worker._scope is not None and worker._silent_since is None)
+    await wait_until(
+        lambda: worker._scope is not None and worker._intake is not None and worker._intake.silent_since is None
+    )
     start = asyncio.get_running_loop().time()
     await wait_until(lambda: asyncio.get_running_loop().time() > start + 0.01)
     worker.check_deadlines()
@@ -289,9 +292,11 @@ async def test_a_provider_that_breaks(store: Store, error: BaseException) -> Non
         raise error
 
     job = await submit(store)
-    assert await make_worker(store, job, Scripted(generate), max_attempts=1).run() == "done"
+    result = await make_worker(store, job, Scripted(generate), max_attempts=1).run()
     log, end = await ending(store, job)
     assert (text_of(log), end.status) == ("part", "failed")
+    assert end.failure is not None
+    assert result == ("dead" if end.failure.retryable else "done")
 
 
 async def test_a_stream_without_an_end_is_not_completed(store: Store) -> None:
@@ -315,7 +320,7 @@ async def test_exhausted_attempts_keep_the_partial_output(store: Store) -> None:
         writer.append(Delta(text=word), 4)
         await writer.flush()
         writer.close()
-    assert await make_worker(store, job, max_attempts=2).run() == "done"
+    assert await make_worker(store, job, max_attempts=2).run() == "dead"
     log, end = await ending(store, job)
     assert end.failure is not None
     assert (end.failure.code, text_of(log)) == ("attempts_exhausted", "one two ")

@@ -20,7 +20,7 @@ class Process:
     def __init__(self, name: str) -> None:
         self.name = name
         self.frozen = False
-        self.held: list[asyncio.Handle] = []
+        self.held: list[Call] = []
         """What would have run while the process was stopped."""
 
     def __repr__(self) -> str:
@@ -32,14 +32,41 @@ OUTSIDE = contextvars.Context()
 """Where the network and the store run: no process can take them along."""
 
 
+class Call:
+    """What asyncio calls a handle, without what only a debugger asks for: these are most of what is made here."""
+
+    __slots__ = ("args", "at", "callback", "context", "dropped", "process")
+
+    def __init__(
+        self, at: float, callback: Callable[..., object], args: tuple[Any, ...], context: contextvars.Context | None
+    ) -> None:
+        self.at = at
+        self.callback = callback
+        self.args = args
+        self.context = contextvars.copy_context() if context is None else context
+        self.process: Process | None = self.context.get(_PROCESS)
+        self.dropped = False
+
+    def cancel(self) -> None:
+        self.dropped = True
+
+    def cancelled(self) -> bool:
+        return self.dropped
+
+    def when(self) -> float:
+        return self.at
+
+
 class VirtualLoop(asyncio.AbstractEventLoop):
     """Runs callbacks in the order of their time, on one thread, the same way every time."""
 
     def __init__(self) -> None:
         self._now = 0.0
-        self._ready: deque[tuple[asyncio.Handle, Process | None]] = deque()
-        self._timers: list[tuple[float, int, asyncio.TimerHandle, Process | None]] = []
+        self._ready: deque[Call] = deque()
+        self._timers: list[tuple[float, int, Call]] = []
         self._sequence = 0
+        self.tasks: list[asyncio.Task[Any]] = []
+        """All there ever were."""
         self.errors: list[dict[str, Any]] = []
         """What nobody caught."""
 
@@ -52,33 +79,37 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             if not self._timers or self._timers[0][0] > limit:
                 self._now = max(self._now, limit)
                 return False
-            when, _, handle, process = heapq.heappop(self._timers)
-            if not handle.cancelled():
+            when, _, call = heapq.heappop(self._timers)
+            if not call.dropped:
                 self._now = max(self._now, when)
-                self._ready.append((handle, process))
+                self._ready.append(call)
 
     def _run_ready(self) -> None:
         ready = self._ready
         while ready:
-            handle, process = ready.popleft()
-            if handle.cancelled():
+            call = ready.popleft()
+            if call.dropped:
                 continue
+            process = call.process
             if process is not None and process.frozen:
-                process.held.append(handle)
-            else:
-                handle._run()
+                process.held.append(call)
+                continue
+            try:
+                call.context.run(call.callback, *call.args)
+            except Exception as error:
+                self.errors.append({"message": f"{call.callback} failed", "exception": error})
 
     def thaw(self, process: Process) -> None:
         """Lets a stopped process go on with everything that has become due."""
         process.frozen = False
-        self._ready.extend((handle, process) for handle in process.held)
+        self._ready.extend(process.held)
         process.held = []
 
     def spawn(self, process: Process, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Starts a task as part of a process."""
         context = contextvars.Context()
         context.run(_PROCESS.set, process)
-        return asyncio.Task(work, loop=self, name=name, context=context)
+        return self.create_task(work, name=name, context=context)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -98,10 +129,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         *args: *Args,
         context: contextvars.Context | None = None,
     ) -> asyncio.Handle:
-        context = contextvars.copy_context() if context is None else context
-        handle = asyncio.Handle(callback, args, self, context)
-        self._ready.append((handle, context.get(_PROCESS)))
-        return handle
+        call = Call(self._now, callback, args, context)
+        self._ready.append(call)
+        return call  # type: ignore[return-value]  # what is used of a handle, it has
 
     def call_later(
         self,
@@ -119,14 +149,10 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         *args: *Args,
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
-        context = contextvars.copy_context() if context is None else context
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        call = Call(when, callback, args, context)
         self._sequence += 1
-        heapq.heappush(self._timers, (when, self._sequence, handle, context.get(_PROCESS)))
-        return handle
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Cancelled timers are skipped when their time comes."""
+        heapq.heappush(self._timers, (when, self._sequence, call))
+        return call  # type: ignore[return-value]
 
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)
@@ -134,7 +160,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def create_task(
         self, coro: Any, *, name: str | None = None, context: contextvars.Context | None = None
     ) -> asyncio.Task[Any]:
-        return asyncio.Task(coro, loop=self, name=name, context=context)
+        task = asyncio.Task(coro, loop=self, name=name, context=context)
+        self.tasks.append(task)
+        return task
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         self.errors.append(context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lupa import lua51
@@ -18,8 +18,18 @@ _lua = lua51.LuaRuntime(encoding=None, register_eval=False, unpack_returned_tupl
 
 
 @functools.cache
-def _compiled(source: str) -> Any:
-    return _lua.eval(f"function(KEYS, ARGV) {source}\nend".encode())
+def _compiled(source: str, mutate: Mutate | None) -> Any:
+    return _lua.eval(f"function(KEYS, ARGV) {mutate(source) if mutate else source}\nend".encode())
+
+
+@functools.cache
+def _keys(names: tuple[bytes, ...]) -> Any:
+    return _lua.table(*names)
+
+
+@functools.cache
+def _digest(source: bytes) -> bytes:
+    return hashlib.sha1(source, usedforsecurity=False).hexdigest().encode()
 
 
 class Scripts:
@@ -38,20 +48,19 @@ class Scripts:
         return self._run(source, int(count), rest)
 
     def eval(self, source: bytes, count: bytes, *rest: bytes) -> Any:
-        digest = hashlib.sha1(source, usedforsecurity=False).hexdigest().encode()
+        digest = _digest(source)
         self.sources[digest] = source.decode()
         return self._run(self.sources[digest], int(count), rest)
 
-    def _run(self, source: str, count: int, rest: Sequence[bytes]) -> Any:
-        global _memory
-        _memory = self._memory
-        function = _compiled(self._mutate(source) if self._mutate else source)
-        return _from_lua(function(_lua.table(*rest[:count]), _lua.table(*rest[count:])))
+    def _run(self, source: str, count: int, rest: tuple[bytes, ...]) -> Any:
+        global _commands
+        _commands = self._memory.commands
+        return _from_lua(_compiled(source, self._mutate)(_keys(rest[:count]), _lua.table(*rest[count:])))
 
 
 def _call(name: bytes, *args: Any) -> Any:
-    assert _memory is not None
-    return _to_lua(_memory(name, *[arg if type(arg) is bytes else _text(arg) for arg in args]))
+    reply = _commands[name](*[arg if type(arg) is bytes else _text(arg) for arg in args])
+    return reply if type(reply) in _PLAIN else _to_lua(reply)
 
 
 def _pcall(name: bytes, *args: Any) -> Any:
@@ -61,7 +70,8 @@ def _pcall(name: bytes, *args: Any) -> Any:
         return _lua.table_from({b"err": str(error).encode()})
 
 
-_memory: Memory | None = None
+_PLAIN = frozenset((bytes, int))
+_commands: Mapping[bytes, Callable[..., Any]] = {}
 """What the running script works on: registering functions anew for every run would cost more than the run."""
 _lua.eval(b"function(call, pcall) redis = {call = call, pcall = pcall} end")(_call, _pcall)
 

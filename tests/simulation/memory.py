@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis.exceptions import ResponseError
 
@@ -15,25 +16,47 @@ Ranking = dict[bytes, float]
 Stream = list[tuple[tuple[int, int], list[bytes]]]
 
 
+class Contents(NamedTuple):
+    """Keys with their values, and when they expire."""
+
+    data: dict[bytes, Any]
+    expires: dict[bytes, int]
+
+
 class Memory:
     """Hashes, sorted sets and streams; keys remember when they would expire but never do."""
 
     def __init__(self, *, ordered: bool = True) -> None:
         self.data: dict[bytes, Any] = {}
         self.expires: dict[bytes, int] = {}
+        self.written: set[tuple[bytes, bytes, bytes]] = set()
+        """Every entry that was ever acknowledged: its stream, its id and its value, still there or not."""
         self.now_ms = 0.0
+        self.run_id = 1
+        """Another one after each start of the server."""
         self.on_publish: Callable[[bytes, bytes], int] = lambda channel, message: 0
         self._ordered = ordered
         """False takes away what fences: streams accept any id."""
-        self._commands: dict[bytes, Callable[..., Any]] = {
-            name.removeprefix("_do_").upper().encode(): getattr(self, name)
-            for name in dir(self)
-            if name.startswith("_do_")
+        self.commands: dict[bytes, Callable[..., Any]] = {
+            name.removeprefix("_do_").upper().encode(): getattr(self, name) for name in _commands()
         }
+
+    def copy(self) -> Contents:
+        """What a server would find that started from a copy of the files made now."""
+        return Contents(
+            {key: value.copy() if type(value) is not bytes else value for key, value in self.data.items()},
+            self.expires.copy(),
+        )
+
+    def restart(self, contents: Contents | None = None) -> None:
+        """Another server takes over, with everything or with what an older copy holds."""
+        self.run_id += 1
+        if contents is not None:
+            self.data, self.expires = contents
 
     def __call__(self, name: bytes, *args: bytes) -> Any:
         """Runs one command. Raises ResponseError as the server's error reply."""
-        return self._commands[name](*args)
+        return self.commands[name](*args)
 
     def _hash(self, key: bytes) -> Hash:
         found: Hash = self.data.get(key) or {}
@@ -53,6 +76,14 @@ class Memory:
 
     def _do_ping(self) -> bytes:
         return b"PONG"
+
+    def _do_info(self, *sections: bytes) -> bytes:
+        return b"run_id:%d\r\nmaster_replid:%d\r\nloading:0\r\n" % (self.run_id, self.run_id)
+
+    def _do_set(self, key: bytes, value: bytes, px: bytes, ttl_ms: bytes) -> bytes:
+        self.data[key] = value
+        self._do_pexpire(key, ttl_ms)
+        return b"OK"
 
     def _do_time(self) -> list[bytes]:
         return time_of(self.now_ms)
@@ -159,6 +190,14 @@ class Memory:
             self._do_zrem(key, member)
         return len(found)
 
+    def _do_zremrangebyrank(self, key: bytes, start: bytes, end: bytes) -> int:
+        ranked = sorted((score, member) for member, score in self._ranking(key).items())
+        first, last = (int(rank) + len(ranked) * (int(rank) < 0) for rank in (start, end))
+        found = ranked[max(first, 0) : last + 1] if last >= 0 else []
+        for _, member in found:
+            self._do_zrem(key, member)
+        return len(found)
+
     def _do_xadd(self, key: bytes, *args: bytes) -> bytes | None:
         if args[0] == b"NOMKSTREAM":
             if key not in self.data:
@@ -169,6 +208,7 @@ class Memory:
         if self._ordered and stream and wanted <= stream[-1][0]:
             raise ResponseError(_TOO_SMALL)
         self.data.setdefault(key, stream).append((wanted, list(args[1:])))
+        self.written.add((key, args[0], args[2]))
         return args[0]
 
     def _do_xrange(self, key: bytes, start: bytes, end: bytes, *options: bytes) -> list[list[Any]]:
@@ -178,6 +218,11 @@ class Memory:
     def _do_xrevrange(self, key: bytes, end: bytes, start: bytes, *options: bytes) -> list[list[Any]]:
         found = [entry for entry in self._stream(key) if _from(start, entry[0]) and _upto(end, entry[0])]
         return _entries(found[::-1], options)
+
+
+@functools.cache
+def _commands() -> list[str]:
+    return [name for name in dir(Memory) if name.startswith("_do_")]
 
 
 def time_of(now_ms: float) -> list[bytes]:

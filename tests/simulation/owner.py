@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from typing import cast
+import contextlib
+import functools
+from collections.abc import Coroutine
+from typing import Any, cast
 from unittest.mock import patch
 
-from llmstream.config import DeadlineSettings, ModelSettings, SchedulerSettings, StoreSettings
+from llmstream.config import DeadlineSettings, ModelSettings, SchedulerSettings, Settings, StoreSettings
+from llmstream.duplicates import Identity
 from llmstream.errors import NotFound, StoreUnavailable
+from llmstream.gateway import Gateway
 from llmstream.providers.echo import EchoProvider
 from llmstream.routing.router import Router
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store import store as store_module
 from llmstream.store.connection import Connection
+from llmstream.store.node import Node
+from llmstream.store.presence import Presence
+from llmstream.store.recent import Recent
 from llmstream.store.store import Store
-from llmstream.types import Finished, Job
+from llmstream.types import Job
 from tests.simulation.loop import Process, VirtualLoop
 from tests.simulation.network import EPOCH, Link, Server
 
@@ -23,18 +31,19 @@ MAX_ATTEMPTS = 4
 STORE = StoreSettings(timeout_s=0.5, outage_s=3.0)
 SCHEDULER = SchedulerSettings(lease_s=2.0, max_attempts=MAX_ATTEMPTS)
 DEADLINES = DeadlineSettings(total_s=300, first_token_s=1.5, stall_s=1.5)
+SETTINGS = Settings(store=STORE, scheduler=SCHEDULER, deadlines=DEADLINES)
 MODELS = {slots: ModelSettings(engine="echo", slots=slots) for slots in (1, 2)}
 RETRY_S = 0.2
 
 
-def store_of(server: Server, process: Process) -> Store:
-    """A store whose connections are links of ``process``."""
+def store_of(loop: VirtualLoop, server: Server, process: Process) -> Store:
+    """A store whose connections are links of ``process`` and whose clock is the simulation's."""
 
     def connect() -> Connection:
         return cast(Connection, Link(server, process.name))
 
-    with patch.object(store_module, "connector", lambda *_: connect):
-        return Store("", STORE)
+    with patch.object(store_module, "Recent", functools.partial(Recent, clock=loop.time)):
+        return Store("", STORE, Node(connect, STORE.timeout_s, Presence(), lambda: "llmstream:probe"))
 
 
 class Owner:
@@ -43,6 +52,8 @@ class Owner:
     def __init__(self, loop: VirtualLoop, server: Server, name: str, slots: int, skew_s: float) -> None:
         self.process = Process(name)
         self.dead = False
+        self.doomed = False
+        """Whether it is going to be killed."""
         self.closing = False
         self._loop = loop
         self._server = server
@@ -53,9 +64,11 @@ class Owner:
         self._spawn(self._open(), "open")
 
     async def _open(self) -> None:
-        self.store = store_of(self._server, self.process)
-        for part in (self.store.writes, self.store.reads, self.store.signals):
-            await part.open()
+        self.store = store_of(self._loop, self._server, self.process)
+        (node,) = self.store.nodes
+        await node.open()
+        await self.store.signals.open()
+        self.store.presence.open(node.probe)
         self.scheduler = Scheduler(
             self.store,
             Router([EchoProvider(MODEL, MODELS[self._slots])]),
@@ -93,22 +106,34 @@ class Owner:
         """SIGTERM."""
         if not self.closing and hasattr(self, "scheduler"):
             self.closing = True
-            self._spawn(self.scheduler.close(grace_s), "close")
+            self._spawn(self._leave(grace_s), "close")
+
+    async def _leave(self, grace_s: float) -> None:
+        await self.scheduler.close(grace_s)
+        self.kill()
 
 
 class Client:
-    """Submits and cancels jobs through a process of its own, and repeats what it got no answer to."""
+    """Submits and cancels jobs at a gateway in a process of its own, and repeats what it got no answer to."""
 
     def __init__(self, loop: VirtualLoop, server: Server) -> None:
         self._loop = loop
         self._process = Process("client")
-        self._store = store_of(server, self._process)
-        self._lanes = self._store.lanes(MODEL, SCHEDULER)
+        self._store = store_of(loop, server, self._process)
         self.tasks: list[asyncio.Task[None]] = []
         self.cancelled: set[str] = set()
+        self.told: dict[str, str] = {}
+        """How jobs have ended, as far as an answer said so."""
+        nothing = Router([])
+        clock = self._clock
+        idle = Scheduler(self._store, nothing, "client", settings=SCHEDULER, deadlines=DEADLINES, clock=clock)
+        self._gateway = Gateway(SETTINGS, self._store, Router([EchoProvider(MODEL, MODELS[1])]), idle, clock)
+
+    def _clock(self) -> float:
+        return EPOCH + self._loop.time()
 
     def start(self) -> None:
-        self._run(self._store.writes.open())
+        self._loop.spawn(self._process, self._live(), "client")
 
     def submit(self, job: Job) -> None:
         self._run(self._submit(job))
@@ -121,14 +146,24 @@ class Client:
     def busy(self) -> bool:
         return not all(task.done() for task in self.tasks)
 
-    def _run(self, work: object) -> None:
-        self.tasks.append(self._loop.spawn(self._process, work, "client"))  # type: ignore[arg-type]
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        self.tasks.append(self._loop.spawn(self._process, work, "client"))
+
+    async def _live(self) -> None:
+        (node,) = self._store.nodes
+        await node.open()
+        self._store.presence.open(node.probe)
+        while True:  # as the heartbeats of a scheduler do, it finds out which server answers
+            await asyncio.sleep(0.5)
+            with contextlib.suppress(StoreUnavailable):
+                await self._store.ping()
 
     async def _submit(self, job: Job) -> None:
+        identity = Identity(fingerprint=job.id, job_id=job.id)
+        deadline_s = None if job.expires_at is None else job.expires_at - EPOCH
         while True:
             try:
-                assert await self._store.jobs.create(job)
-                assert await self._lanes.push(job)
+                await self._gateway.submit(job.request, priority=job.priority, deadline_s=deadline_s, identity=identity)
             except StoreUnavailable:
                 await asyncio.sleep(RETRY_S)
             else:
@@ -137,8 +172,7 @@ class Client:
     async def _cancel(self, job_id: str) -> None:
         while True:
             try:
-                await self._store.jobs.end(job_id, Finished(status="cancelled", at=EPOCH + self._loop.time()))
-                await self._lanes.remove(job_id)
+                self.told[job_id] = (await self._gateway.cancel(job_id)).status
             except (NotFound, StoreUnavailable):  # not accepted yet, or no answer
                 await asyncio.sleep(RETRY_S)
             else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from llmstream.store.entry import Entry, decode_entry
+from llmstream.store.channel import Channel
+from llmstream.store.entry import Entry, decode_entry, encode_payloads
 from llmstream.store.keys import QUEUE_PARTS, Keys
-from llmstream.types import TERMINAL, Delta, Event, EventId, Finished, Job, Restart, Started
+from llmstream.types import BEGINNING, TERMINAL, Delta, Event, EventId, Finished, Job, Restart, Started
 from tests.replica import tokens
 from tests.simulation.memory import Memory
 
@@ -35,36 +36,69 @@ def is_terminal(memory: Memory, job_id: str) -> bool:
     return record_of(memory, job_id).get(b"status", b"").decode() in TERMINAL
 
 
+class Seen:
+    """Everything that any process has shown to its readers."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.faults: list[str] = []
+        self.events: dict[str, dict[EventId, object]] = {}
+        self._memory = memory
+
+    def publish(self, channel: Channel, entry: Entry, previous: EventId) -> None:
+        """Stands in for the channel's own method."""
+        job_id, data = channel.job_id, encode_payloads([event.data for event in entry.events])
+        if (KEYS.log(job_id).encode(), str(entry.last).encode(), data) not in self._memory.written:
+            self.faults.append(f"job {job_id}: {entry.last} was seen before it was logged")
+        self.events.setdefault(job_id, {}).update((event.id, event.data) for event in entry.events)
+        _publish(channel, entry, previous)
+
+
+_publish = Channel.publish
+
+
 class Limits(NamedTuple):
     """What a schedule gives reason for."""
 
     tries: int
     """Attempts that count, by the rules."""
-    attempts: int
-    """Attempts of all kinds that the troubles of the schedule explain."""
+    causes: int
+    """Attempts that may be owed to the network or the store."""
+    troubles: Mapping[str, int]
+    """Troubles of each owner: each may cost those jobs an attempt that it had begun."""
     cancelled: Set[str]
+    told: Mapping[str, str]
+    """How jobs have ended, as a client was told."""
+    forgets: bool
+    """Whether the store came back without its last moments while somebody who knew them was away."""
 
 
-def broken(memory: Memory, jobs: Sequence[Job], pool: str, limits: Limits) -> Iterator[str]:
+def broken(memory: Memory, seen: Seen, jobs: Sequence[Job], pool: str, limits: Limits) -> Iterator[str]:
     """Says in words what does not hold."""
+    if not limits.forgets:
+        yield from seen.faults
     for key in memory.data:
         if key not in memory.expires:
             yield f"{key!r} has no time to live"
     for key in memory.data.keys() & _left_empty(pool):
         yield f"{key.decode()} still holds {memory.data[key]}"
     for job in jobs:
-        for fault in _broken_job(memory, job, limits):
+        for fault in _broken_job(memory, job, seen.events.get(job.id, {}), limits):
             yield f"job {job.id}: {fault}"
 
 
-def _broken_job(memory: Memory, job: Job, limits: Limits) -> Iterator[str]:
+def _broken_job(memory: Memory, job: Job, seen: Mapping[EventId, object], limits: Limits) -> Iterator[str]:
     record = record_of(memory, job.id)
     status = record.get(b"status", b"nothing on record").decode()
     entries = [
         decode_entry(b"%d-%d" % entry_id, fields) for entry_id, fields in memory.data.get(KEYS.log(job.id).encode(), [])
     ]
     events = [event for entry in entries for event in entry.events]
-    yield from _gaps(entries)
+    yield from _gaps(entries, limits)
+    if not limits.forgets:
+        logged = {event.id: event.data for event in events}
+        yield from (
+            f"{event_id} was seen and is not in the log" for event_id in seen if seen[event_id] != logged.get(event_id)
+        )
     ends = [event.data for event in events if isinstance(event.data, Finished)]
     if status not in TERMINAL:
         yield f"it is {status} in the end"
@@ -75,36 +109,45 @@ def _broken_job(memory: Memory, job: Job, limits: Limits) -> Iterator[str]:
         yield f"its log says {ends[0].status}, its record {status}"
     if status == "cancelled" and job.id not in limits.cancelled:
         yield "nobody cancelled it"
-    yield from _wrong_words(job, events, status)
-    yield from _needless_attempts(events, int(record.get(b"handed_over", b"0")), limits)
+    yield from _wrong_words(job, events, status, limits)
+    if not limits.forgets and limits.told.get(job.id, status) != status:
+        yield f"somebody was told that it is {limits.told[job.id]}, but it is {status}"
+    yield from _needless_attempts(job, events, int(record.get(b"handed_over", b"0")), limits)
 
 
-def _needless_attempts(events: Sequence[Event], handed_over: int, limits: Limits) -> Iterator[str]:
+def _needless_attempts(job: Job, events: Sequence[Event], handed_over: int, limits: Limits) -> Iterator[str]:
     started = [event.data for event in events if isinstance(event.data, Started)]
     if len(started) - handed_over > limits.tries:
         yield f"{len(started) - handed_over} tries"
-    if len(started) > limits.attempts:
-        yield f"{len(started)} attempts although nothing happened that explains so many"
+    owners = {begun.replica for begun in started}
+    explained = 1 + limits.causes + sum(limits.troubles[owner] for owner in owners)
+    explained += len(owners) * job.request.body["echo"].get("attempts", 0)
+    if len(started) > explained:
+        yield f"{len(started)} attempts although nothing happened that explains more than {explained}"
     if len({(begun.replica, begun.at) for begun in started}) < len(started):
         yield "an attempt whose answer was lost was begun twice"
 
 
-def _wrong_words(job: Job, events: Sequence[Event], status: str) -> Iterator[str]:
+def _wrong_words(job: Job, events: Sequence[Event], status: str, limits: Limits) -> Iterator[str]:
     whole = tokens(job.request.body["echo"]["tokens"])
-    said = "".join(event.data.text for event in events if isinstance(event.data, Delta))
-    if any(isinstance(event.data, Restart) for event in events):
+    restarts = [event.id for event in events if isinstance(event.data, Restart)]
+    if restarts and not limits.forgets:
         yield "it started over"
+    start = max(restarts, default=BEGINNING)
+    said = "".join(event.data.text for event in events if isinstance(event.data, Delta) and event.id > start)
     if status == "completed" and said != whole:
         yield f"it says {said!r} in place of {whole!r}"
     if not whole.startswith(said):
         yield f"{said!r} is no beginning of {whole!r}"
 
 
-def _gaps(entries: Sequence[Entry]) -> Iterator[str]:
-    """Every attempt counts from 0 without a gap and begins after the one before."""
+def _gaps(entries: Sequence[Entry], limits: Limits) -> Iterator[str]:
+    """Every attempt counts from 0 without a gap and begins after the one before. Only what starts over may stand
+    behind something forgotten."""
     last = EventId(0, 0)
     for entry in entries:
         expected = EventId(last.attempt, last.seq + 1)
-        if entry.first != expected and (entry.first != (last.attempt + 1, 0)):
+        starts_over = limits.forgets and isinstance(entry.events[0].data, Restart)
+        if entry.first != expected and entry.first != (last.attempt + 1, 0) and not starts_over:
             yield f"{entry.first} follows {last}"
         last = entry.last

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
+from llmstream.store.channel import Channel
 from llmstream.types import GenerateRequest, Job
 from tests.simulation.loop import OUTSIDE, VirtualLoop
 from tests.simulation.lua import Mutate
 from tests.simulation.network import EPOCH, Executed, Server
 from tests.simulation.owner import MAX_ATTEMPTS, MODEL, Client, Owner
-from tests.simulation.truths import Limits, broken, is_terminal, queue_is_empty, record_of
+from tests.simulation.truths import Limits, Seen, broken, is_terminal, queue_is_empty, record_of
 
 CHAOS_S = 2.0
 """Until then things may begin to go wrong."""
+MAX_LOST_S = 2.0
+"""How much of what it acknowledged a store forgets at most."""
+BEGINNING_S = 0.5
+"""By then most jobs have begun, and many of them ended: a good time for trouble."""
+FORGETTING = "store writes no more"
+COMMANDS = ("create", "push", "claim", "begin", "XADD", "finish", "end", "hand_over", "settle", "release", "heartbeat")
+"""Steps that matter: an answer that gets lost costs no job an attempt, and trouble comes while they are under way."""
+AWAY_S = 3.3
+"""Long enough that a lease lapses and somebody else has begun."""
 PATIENCE_S = 90.0
 AFTERMATH_S = 0.3
 """What late messages and owners that woke up get to do harm after the last job has ended."""
@@ -37,6 +48,15 @@ class Outcome(NamedTuple):
     trace: list[Executed]
 
 
+class Step(NamedTuple):
+    """A part of a trouble."""
+
+    delay: float
+    what: str
+    action: Callable[..., object]
+    args: tuple[object, ...] = ()
+
+
 class World:
     """Everything that a seed decides."""
 
@@ -48,21 +68,32 @@ class World:
         mutate: Mutate | None = None,
         traced: bool = False,
         loss: float | None = None,
+        forgets: bool | None = None,
+        strike: tuple[str, str] | None = None,
     ) -> None:
         self.rng = random.Random(seed)
         self.loop = VirtualLoop()  # type: ignore[abstract]  # nobody asks for the rest
         self.server = Server(self.loop, self.rng, ordered=ordered, mutate=mutate)
         if traced:
             self.server.trace = []
+        self.seen = Seen(self.server.memory)
         self._loss = loss
+        self._forgets = self.rng.random() < 0.1 if forgets is None else forgets
+        """Whether the store comes back without its last writes."""
+        self._strike_at = strike
+        """A trouble that each owner has, and the command at which it comes."""
+        self._alone = self._forgets and strike is None and self.rng.random() < 0.7
+        """Whether nothing else goes wrong, so that everybody is there to write them again in time."""
         self.client = Client(self.loop, self.server)
         self.owners: list[Owner] = []
         self.jobs: list[Job] = []
         self.plan: list[str] = []
         self._mended_at = 0.2
         self._last_at = 0.0
-        self._troubles = 0
-        self._unreliable = False
+        self._troubles: Counter[str] = Counter()
+        self._outages = 0
+        self._outage_at = 0.0
+        self._traps = 0
 
     def run(self) -> Iterator[str]:
         """Runs the schedule to its end and yields what did not hold."""
@@ -84,19 +115,31 @@ class World:
         if not loop.run(over, loop.time() + PATIENCE_S):  # a late push may have put a job in line that has ended
             yield "it does not come to rest"
         yield from broken(
-            memory, self.jobs, MODEL, Limits(MAX_ATTEMPTS, self._explained_attempts(), self.client.cancelled)
+            memory,
+            self.seen,
+            self.jobs,
+            MODEL,
+            Limits(
+                MAX_ATTEMPTS,
+                self._causes(),
+                self._troubles,
+                self.client.cancelled,
+                self.client.told,
+                forgets=self._forgets and not self._alone,
+            ),
         )
-        for task in self.client.tasks[1:]:
+        for uncaught in loop.errors:
+            yield f"uncaught: {uncaught.get('exception') or uncaught}"
+        for task in self.client.tasks:
             if task.done() and (error := task.exception()):
                 yield f"the client broke: {error!r}"
 
-    def _explained_attempts(self) -> int:
-        """A lossy network or an absent store may cost a job any number of attempts, any other trouble two: one when the
-        job is taken over, one when an owner comes back whose begin had not arrived and takes it again."""
-        if self._unreliable:
-            return 1_000
-        faulty = any("fault" in job.request.body["echo"] for job in self.jobs)
-        return 1 + 2 * self._troubles + (len(self.owners) if faulty else 0)
+    def _causes(self) -> int:
+        """Attempts that the network and the store explain. A store that is away costs none by itself; one that forgets
+        a claim costs one if the job had not begun."""
+        forgiven = self._forgets and (not self._alone or self._outage_at < BEGINNING_S)
+        excused = self._traps or not self.server.swift or forgiven
+        return self.server.faults + (self._outages if excused else 0)
 
     def _at(self, when: float, what: str, action: object, *args: object) -> None:
         self.plan.append(f"{when:.3f} {what}")
@@ -105,23 +148,42 @@ class World:
 
     def _prepare(self) -> None:
         rng = self.rng
-        self.server.loss = rng.choice((0.0, 0.02, 0.1)) if self._loss is None else self._loss
-        self._unreliable = self.server.loss > 0
+        self.server.swift = self._alone or rng.random() < 0.3
+        if not self.server.swift:
+            self.server.loss = rng.choice((0.0, 0.0, 0.02, 0.1)) if self._loss is None else self._loss
         self.client.start()
         for _ in range(3):
             self._add_owner()
         for number in range(rng.choice((1, 1, 2, 3))):
             self._add_job(number)
-        for _ in range(rng.choice((0, 1, 1, 2, 3))):
-            self._add_trouble()
-        if rng.random() < 0.2:
-            when = rng.uniform(0, CHAOS_S)
-            self._unreliable = True
+        self._add_troubles()
+        for _ in range(0 if self._alone else rng.choice((0, 0, 1, 2))):
+            name, when = rng.choice(COMMANDS), rng.uniform(0.0, BEGINNING_S)
+            self._traps += 1
+            self._at(when, f"lose-answer {name}", self.server.traps.append, name)
+        self._add_outages()
+
+    def _add_troubles(self) -> None:
+        if self._strike_at is not None:
+            kind, command = self._strike_at
+            for owner in self.owners:
+                self._ambush(owner, command, self._trouble(owner, kind))
+        elif not self._alone:
+            for _ in range(self.rng.choice((0, 1, 1, 2, 3))):
+                self._add_trouble()
+
+    def _add_outages(self) -> None:
+        rng = self.rng
+        if rng.random() < 0.1 or self._forgets:
+            when = self._outage_at = rng.uniform(0, CHAOS_S)
+            self._outages += 1
             self._at(when, "store down", self.server.stop)
             self._at(when + rng.uniform(0.05, 2), "store up", self.server.start)
-        if rng.random() < 0.1:
+            if self._forgets:
+                self._at(when - min(when, rng.uniform(0, MAX_LOST_S)), FORGETTING, self.server.fall_behind)
+        if rng.random() < 0.1 and not self._alone:
             when = rng.uniform(0, CHAOS_S)
-            self._unreliable = True
+            self._outages += 1
             self._at(when, "store refuses", setattr, self.server, "refusing", True)
             self._at(when + rng.uniform(0.05, 2), "store accepts", setattr, self.server, "refusing", False)
 
@@ -135,10 +197,14 @@ class World:
 
     def _add_job(self, number: int) -> None:
         rng = self.rng
-        echo: dict[str, object] = {"tokens": rng.randint(0, 9), "delay_ms": rng.choice((0, 1, 20, 60, 200))}
+        echo: dict[str, object] = {"tokens": rng.randint(0, 9), "delay_ms": rng.choice((0, 1, 20, 60, 200, 200))}
         if rng.random() < 0.2:
             fault = rng.choice(("crash", "cut", "stall"))
-            echo |= {"fault": fault, "at": rng.randint(0, int(str(echo["tokens"]))), "attempts": 1}
+            echo |= {
+                "fault": fault,
+                "at": rng.randint(0, int(str(echo["tokens"]))),
+                "attempts": rng.choice((1, 1, 2, 9)),
+            }
         request = GenerateRequest(kind="chat", model=MODEL, body={"echo": echo, "nonce": number})
         job = Job(
             id=f"job{number}",
@@ -151,31 +217,56 @@ class World:
         self.jobs.append(job)
         start = rng.uniform(0, 0.3)
         self._at(start, f"submit {job.id} {echo}", self.client.submit, job)
-        if rng.random() < 0.2:
-            self._at(start + rng.uniform(0, 1.5), f"cancel {job.id}", self.client.cancel, job.id)
+        if rng.random() < (0.4 if self._alone else 0.2):
+            self._at(start + rng.uniform(0, CHAOS_S), f"cancel {job.id}", self.client.cancel, job.id)
 
     def _add_trouble(self) -> None:
+        """Something happens to an owner, at some time or as it sends a certain command."""
         rng = self.rng
-        self._troubles += 1
-        owner, when = rng.choice(self.owners[:3]), rng.uniform(0.1, CHAOS_S)
-        self._mended_at = max(self._mended_at, when + 0.1)
-        match rng.randrange(4):
-            case 0:
-                self._at(when, f"kill {owner.process}", owner.kill)
-            case 1:
-                self._at(when, f"freeze {owner.process}", owner.freeze)
-                self._at(when + rng.uniform(0.1, 4), f"thaw {owner.process}", owner.thaw)
-            case 2:
-                self._at(when, f"cut {owner.process}", self.server.sever, owner.process.name)
-                rejoin = self.server.cut.discard
-                self._at(when + rng.uniform(0.1, 4), f"rejoin {owner.process}", rejoin, owner.process.name)
+        owner = rng.choice(self.owners[:3])
+        steps = self._trouble(owner)
+        if rng.random() < 0.5:
+            when = rng.uniform(0.0, CHAOS_S if rng.random() < 0.5 else BEGINNING_S)
+            self._mended_at = max(self._mended_at, when + 0.1)
+            self._strike(owner, when, steps)
+        else:
+            self._ambush(owner, rng.choice(COMMANDS), steps)
+
+    def _ambush(self, owner: Owner, command: str, steps: list[Step]) -> None:
+        delay = self.rng.choice((0.0, 0.003))
+        self._mended_at = CHAOS_S
+        self.server.ambushes[owner.process.name, command] = lambda: self._strike(owner, self.loop.time() + delay, steps)
+
+    def _trouble(self, owner: Owner, kind: str | None = None) -> list[Step]:
+        rng = self.rng
+        match kind or rng.choice(("kill", "freeze", "cut", "close")):
+            case "kill":
+                return [Step(0.0, "kill", owner.kill)]
+            case "freeze":
+                until = rng.uniform(0.1, AWAY_S)
+                steps = [Step(0.0, "freeze", owner.freeze), Step(until, "thaw", owner.thaw)]
+                if rng.random() < 0.2:
+                    steps.append(Step(until + rng.uniform(0, 0.5), "kill", owner.kill))
+                return steps
+            case "cut":
+                return [
+                    Step(0.0, "cut", self.server.sever, (owner.process.name,)),
+                    Step(rng.uniform(0.1, AWAY_S), "rejoin", self.server.cut.discard, (owner.process.name,)),
+                ]
             case _:
-                self._at(when, f"close {owner.process}", owner.close, rng.choice((0.0, 0.3, 2.0)))
+                return [Step(0.0, "close", owner.close, (rng.choice((0.0, 0.3, 2.0)),))]
+
+    def _strike(self, owner: Owner, when: float, steps: list[Step]) -> None:
+        self._troubles[owner.process.name] += sum(step.what not in ("thaw", "rejoin") for step in steps)
+        owner.doomed = any(step.what == "kill" for step in steps)
+        for step in steps:
+            self._at(when + step.delay, f"{step.what} {owner.process}", step.action, *step.args)
 
     def _mend(self) -> None:
         """From here on the network is reliable and somebody works. Outages end as planned, zombies may wake up."""
         self.server.loss = 0.0
-        if all(owner.dead or owner.closing or owner.process.frozen for owner in self.owners):
+        self.server.ambushes.clear()
+        if all(owner.doomed or owner.dead or owner.closing or owner.process.frozen for owner in self.owners):
             self._add_owner()
 
     def destroy(self) -> None:
@@ -184,7 +275,7 @@ class World:
         for owner in self.owners:
             self.loop.thaw(owner.process)
         for _ in range(20):
-            pending = [task for task in asyncio.all_tasks(self.loop) if not task.done()]
+            pending = [task for task in self.loop.tasks if not task.done()]
             if not pending:
                 break
             for task in pending:
@@ -204,27 +295,30 @@ class Complaints(logging.Handler):
             self.found.append(f"logged: {record.getMessage()}: {record.exc_info[1]!r}")
 
 
+_COMPLAINTS = Complaints()
+
+
 @contextmanager
-def complaints() -> Iterator[Complaints]:
-    logger, handler = logging.getLogger("llmstream"), Complaints()
+def complaints() -> Iterator[list[str]]:
+    logger, handler = logging.getLogger("llmstream"), _COMPLAINTS
+    handler.found = []
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.ERROR)
     logger.propagate = False
     try:
-        yield handler
+        yield handler.found
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
 
 
-def simulate(
-    seed: int, *, ordered: bool = True, mutate: Mutate | None = None, traced: bool = False, loss: float | None = None
-) -> Outcome:
-    """Runs the schedule of one seed; the same seed gives the same schedule."""
-    world = World(seed, ordered=ordered, mutate=mutate, traced=traced, loss=loss)
-    with world.loop.running(), complaints() as complained:
+def simulate(seed: int, **world_options: Any) -> Outcome:
+    """Runs the schedule of one seed; the same seed gives the same schedule. The options are those of :class:`World`."""
+    world = World(seed, **world_options)
+    shown = patch.object(Channel, "publish", lambda *entry: world.seen.publish(*entry))
+    with world.loop.running(), complaints() as complained, shown:
         faults = list(world.run())
         memory = world.server.memory
         trace = world.server.trace or []
@@ -235,7 +329,7 @@ def simulate(
             attempts += int(record.get(b"attempt", b"0"))
         commands, world.server.trace = world.server.executed, None
         world.destroy()
-    return Outcome(seed, (*faults, *complained.found), tuple(world.plan), tuple(statuses), attempts, commands, trace)
+    return Outcome(seed, (*faults, *complained), tuple(world.plan), tuple(statuses), attempts, commands, trace)
 
 
 @contextmanager
@@ -244,7 +338,7 @@ def uncollected() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     thresholds = gc.get_threshold()
-    gc.set_threshold(100_000, 50, 50)
+    gc.set_threshold(300_000, 50, 50)
     try:
         yield
     finally:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from llmstream.errors import ConfigError
@@ -11,16 +9,17 @@ from llmstream.store.connection import Refusal, connector, pack
 from llmstream.store.store import Store
 
 
-async def test_the_streams_are_where_they_are_looked_for(store: Store) -> None:
-    """A connected redis-py connection has the two asyncio streams that batches are sent and read over."""
+async def test_the_socket_is_where_it_is_looked_for(store: Store) -> None:
+    """A connected redis-py connection has the transport that batches are sent over, and lets go of what comes back."""
     assert store.embedded is not None
     connection = connector(store.embedded.url, 5.0)()
     await connection.connect()
     try:
-        reader, writer = connection._streams
-        assert isinstance(reader, asyncio.StreamReader)
-        assert isinstance(writer, asyncio.StreamWriter)
-        await connection.send([pack(("ECHO", "a")), pack(("NOSUCH",)), pack(("ECHO", "b"))])
+        assert connection._link._writer is not None
+        assert connection._link._writer.transport is connection._transport
+        assert connection._transport is not None
+        assert connection._transport.get_protocol() is connection
+        connection.write([pack(("ECHO", "a")), pack(("NOSUCH",)), pack(("ECHO", "b"))])
         replies: list[object] = []
         while len(replies) < 3:
             replies += await connection.receive(3 - len(replies))
@@ -30,7 +29,7 @@ async def test_the_streams_are_where_they_are_looked_for(store: Store) -> None:
     finally:
         await connection.close()
     with pytest.raises(ConnectionError, match="not open"):
-        await connection.send([pack(("PING",))])
+        connection.write([pack(("PING",))])
 
 
 def test_a_bad_url_is_a_configuration_error() -> None:

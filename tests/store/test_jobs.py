@@ -32,7 +32,7 @@ async def test_attempts_count_up(store: Store) -> None:
     for attempt in (1, 2, 3):
         begun = await begin(store, job, max_attempts=3)
         assert (begun.attempt, begun.tries, begun.previous) == (attempt, attempt, EventId(attempt - 1, 0))
-    assert await store.jobs.begin(job.id, start(), 3) == "exhausted"
+    assert await store.jobs.begin(job.id, start(), 3, 0) == "exhausted"
     assert [event.id for event in await stored(store, job.id)] == [EventId(1, 0), EventId(2, 0), EventId(3, 0)]
 
 
@@ -45,7 +45,7 @@ async def test_hand_overs_cost_no_attempt(store: Store) -> None:
         await store.jobs.hand_over(job.id, begun.attempt)
         await store.jobs.hand_over(job.id, begun.attempt)
     await begin(store, job, max_attempts=1)
-    assert await store.jobs.begin(job.id, start(), 1) == "exhausted"
+    assert await store.jobs.begin(job.id, start(), 1, 0) == "exhausted"
 
 
 async def test_a_superseded_attempt_cannot_hand_over(store: Store) -> None:
@@ -79,7 +79,7 @@ async def test_a_beginning_repeated_too_late_takes_nothing_back(store: Store) ->
         await begin(store, await new_job(store))  # from here on the server knows the script
         job = await new_job(store)
         trap = proxy.trap(b'"started"')
-        asking = asyncio.create_task(far.jobs.begin(job.id, start(), 9))
+        asking = asyncio.create_task(far.jobs.begin(job.id, start(), 9, 0))
         await trap.sprung.wait()
         proxy.refuse()
         await begin(store, job)
@@ -88,11 +88,20 @@ async def test_a_beginning_repeated_too_late_takes_nothing_back(store: Store) ->
         assert [event.id for event in await stored(store, job.id)] == [EventId(1, 0), EventId(2, 0)]
 
 
+async def test_a_beginning_under_an_older_claim_takes_nothing_back(store: Store) -> None:
+    """A begin that arrives for the first time after the job was begun under a later claim begins nothing."""
+    job = await new_job(store)
+    await begin(store, job, claim=10)
+    assert await store.jobs.begin(job.id, start(), 9, 9) == "superseded"
+    assert (await begin(store, job, claim=10)).attempt == 2
+    assert (await begin(store, job, claim=11)).attempt == 3
+
+
 async def test_two_beginnings_are_two_attempts(store: Store) -> None:
     """Beginnings of the same replica at the same moment are told apart."""
     job = await new_job(store)
     for attempt in (1, 2):
-        begun = await store.jobs.begin(job.id, start(), 9)
+        begun = await store.jobs.begin(job.id, start(), 9, 0)
         assert not isinstance(begun, str)
         assert begun.attempt == attempt
 
@@ -106,7 +115,10 @@ async def test_finishing_is_one_step(store: Store) -> None:
     )
     data = encode_payloads([end])
     entry = Entry(EventId(1, 1), [end], len(data))
-    assert [await store.jobs.finish(job.id, 1, entry, data) for _ in range(2)] == [True, True]
+    assert [await store.jobs.finish(store.writes, job.id, 1, entry, data, EventId(1, 0)) for _ in range(2)] == [
+        "ok",
+        "ok",
+    ]
     state = await store.jobs.get(job.id)
     assert (state.status, state.failure, state.usage, state.reason, state.finished_at) == (
         "failed",
@@ -116,7 +128,7 @@ async def test_finishing_is_one_step(store: Store) -> None:
         5.0,
     )
     assert [event.id for event in await stored(store, job.id)] == [EventId(1, 0), EventId(1, 1)]
-    assert await store.jobs.begin(job.id, start(), 9) == "done"
+    assert await store.jobs.begin(job.id, start(), 9, 0) == "done"
 
 
 async def test_a_finish_that_cannot_be_logged_changes_nothing(store: Store) -> None:
@@ -125,7 +137,9 @@ async def test_a_finish_that_cannot_be_logged_changes_nothing(store: Store) -> N
     await begin(store, job)
     await store.writes.call("XADD", store.keys.log(job.id), "1-7", "e", encode_payloads([start()]))
     data = encode_payloads([finished()])
-    assert not await store.jobs.finish(job.id, 1, Entry(EventId(1, 1), [finished()], len(data)), data)
+    entry = Entry(EventId(1, 1), [finished()], len(data))
+    assert await store.jobs.finish(store.writes, job.id, 1, entry, data, EventId(1, 0)) == "behind"
+    assert await store.jobs.finish(store.writes, job.id, 1, entry, data, EventId(1, 7)) == "fenced"
     assert (await store.jobs.get(job.id)).status == "in_progress"
 
 
@@ -142,7 +156,7 @@ async def test_ending_twice_is_once(store: Store) -> None:
 
 async def test_unknown_jobs(store: Store) -> None:
     """Nothing can be begun, ended or read under an unknown id, and trying creates no key."""
-    assert await store.jobs.begin("nobody", start(), 3) == "done"
+    assert await store.jobs.begin("nobody", start(), 3, 0) == "done"
     assert await store.jobs.find("nobody") is None
     with pytest.raises(NotFound):
         await store.jobs.end("nobody", finished())

@@ -44,7 +44,7 @@ async def test_higher_priority_goes_first(store: Store) -> None:
     """Every one of the 21 priorities goes before the ones below it."""
     lanes = lanes_of(store)
     by_priority = {priority: (await push(lanes, make_job(priority)))[0] for priority in (0, -10, 10, 3, -4, 4, -3)}
-    claimed = await lanes.claim("r", 10)
+    claimed = (await lanes.claim("r", 10)).ids
     assert claimed == [by_priority[priority] for priority in sorted(by_priority, reverse=True)]
 
 
@@ -55,16 +55,16 @@ async def test_waiting_makes_urgent(store: Store) -> None:
     start = time.monotonic()
     await wait_until(lambda: time.monotonic() - start > 0.05)
     (young,) = await push(lanes, make_job(10))
-    assert await lanes.claim("r", 2) == [old, young]
+    assert (await lanes.claim("r", 2)).ids == [old, young]
 
 
 async def test_principals_take_turns(store: Store) -> None:
     """A principal with one job does not wait behind another's hundred, and a hundred do not starve."""
     lanes = lanes_of(store)
     greedy = await push(lanes, *(make_job(principal="greedy") for _ in range(100)))
-    assert await lanes.claim("r", 10) == greedy[:10]
+    assert (await lanes.claim("r", 10)).ids == greedy[:10]
     modest = await push(lanes, *(make_job(principal="modest") for _ in range(3)))
-    claimed = await lanes.claim("r", 8)
+    claimed = (await lanes.claim("r", 8)).ids
     assert sorted(claimed.index(job_id) for job_id in modest) in ([0, 2, 4], [1, 3, 5])
     assert [job_id for job_id in claimed if job_id in greedy] == greedy[10:15]
 
@@ -73,7 +73,7 @@ async def test_claims_only_what_is_asked_for(store: Store) -> None:
     """A claim never takes more jobs than there are free slots, nor one job twice."""
     lanes = lanes_of(store)
     ids = await push(lanes, *(make_job() for _ in range(10)))
-    first, second = await lanes.claim("r1", 4), await lanes.claim("r2", 100)
+    first, second = (await lanes.claim("r1", 4)).ids, (await lanes.claim("r2", 100)).ids
     assert first + second == ids
 
 
@@ -82,7 +82,7 @@ async def test_pushing_twice_is_once(store: Store) -> None:
     lanes = lanes_of(store)
     job = make_job()
     await push(lanes, job, job)
-    assert await lanes.claim("r", 10) == [job.id]
+    assert (await lanes.claim("r", 10)).ids == [job.id]
 
 
 async def test_a_full_queue_refuses(store: Store) -> None:
@@ -99,13 +99,13 @@ async def test_a_lapsed_lease_frees_its_jobs(store: Store) -> None:
     lanes = lanes_of(store)
     await lanes.heartbeat("dead", 4, 0.02, 0)
     ids = await push(lanes, *(make_job() for _ in range(4)))
-    assert await lanes.claim("dead", 2) == ids[:2]
+    assert (await lanes.claim("dead", 2)).ids == ids[:2]
 
     async def taken_back() -> bool:
         return (await lanes.heartbeat("alive", 4, 60, 0)).taken_back == 2
 
     await wait_until(taken_back)
-    assert await lanes.claim("alive", 4) == ids
+    assert (await lanes.claim("alive", 4)).ids == ids
 
 
 async def test_a_living_lease_keeps_its_jobs(store: Store) -> None:
@@ -115,20 +115,23 @@ async def test_a_living_lease_keeps_its_jobs(store: Store) -> None:
     await push(lanes, make_job(), make_job())
     await lanes.claim("alive", 2)
     assert (await lanes.heartbeat("other", 4, 60, 0)).taken_back == 0
-    assert await lanes.claim("other", 2) == []
+    assert (await lanes.claim("other", 2)).ids == []
 
 
 async def test_settle_and_release_only_touch_ones_own(store: Store) -> None:
-    """A replica cannot give back or finish what another one has claimed."""
+    """A replica cannot give back or finish what another one has claimed, nor finish what it has claimed anew itself."""
     lanes = lanes_of(store)
     (job_id,) = await push(lanes, make_job())
-    await lanes.claim("owner", 1)
-    await lanes.settle(job_id, "stranger")
+    first = await lanes.claim("owner", 1)
+    await lanes.settle(job_id, "stranger", first.number)
     await lanes.release(job_id, "stranger")
     assert await lanes.claimed_by("owner") == {job_id}
     await lanes.release(job_id, "owner")
-    assert await lanes.claim("next", 1) == [job_id]
-    await lanes.settle(job_id, "next")
+    second = await lanes.claim("owner", 1)
+    assert second.ids == [job_id]
+    await lanes.settle(job_id, "owner", first.number)
+    assert await lanes.claimed_by("owner") == {job_id}
+    await lanes.settle(job_id, "owner", second.number)
     census = await lanes.census()
     assert (census.running, census.served) == ({}, 1)
 
@@ -140,7 +143,7 @@ async def test_leaving_hands_everything_over(store: Store) -> None:
     ids = await push(lanes, make_job(), make_job())
     await lanes.claim("going", 2)
     await lanes.leave("going")
-    assert await lanes.claim("staying", 2) == ids
+    assert (await lanes.claim("staying", 2)).ids == ids
     assert "going" not in (await lanes.census()).slots
 
 
@@ -150,7 +153,7 @@ async def test_removing_a_waiting_job(store: Store) -> None:
     first, second = await push(lanes, make_job(), make_job())
     assert await lanes.remove(first)
     assert (await lanes.heartbeat("r", 1, 60, 0)).cancelled == [first]
-    assert await lanes.claim("r", 2) == [second]
+    assert (await lanes.claim("r", 2)).ids == [second]
 
 
 async def test_overdue_jobs_are_reported(store: Store) -> None:
@@ -169,8 +172,8 @@ async def test_the_rate_is_measured(store: Store) -> None:
     await lanes.heartbeat("r1", 3, 60, 0)
     await lanes.heartbeat("r2", 5, 60, 0)
     (served,) = await push(lanes, make_job())
-    await lanes.claim("r1", 1)
-    await lanes.settle(served, "r1")
+    claimed = await lanes.claim("r1", 1)
+    await lanes.settle(served, "r1", claimed.number)
     ids = await push(lanes, *(make_job() for _ in range(16)))
     standing = await lanes.standing(ids[15])
     assert (standing.ahead, standing.slots) == (15, 8)
@@ -185,7 +188,7 @@ async def test_positions_are_the_order_of_service(store: Store, jobs: list[tuple
     lanes = lanes_of(store, ageing_s=1000.0)
     ids = await push(lanes, *(make_job(priority, principal) for priority, principal in jobs))
     said = {job_id: (await lanes.standing(job_id)).ahead for job_id in ids}
-    positions = [said[job_id] for job_id in await lanes.claim("r", len(ids))]
+    positions = [said[job_id] for job_id in (await lanes.claim("r", len(ids))).ids]
     assert positions[0] == 0
     assert all(a is not None and b is not None and a <= b for a, b in pairwise(positions))
 
@@ -196,11 +199,11 @@ async def test_a_share_keeps_replicas_level(store: Store) -> None:
     await lanes.heartbeat("small", 4, 60, 0)
     ids = await push(lanes, *[make_job() for _ in range(17)])
     alone = await lanes.claim_share("small", 1, 0)
-    assert alone == (ids[:1], 16)
+    assert alone[:2] == (ids[:1], 16)
     await lanes.heartbeat("large", 12, 60, 0)
-    assert await lanes.claim_share("small", 64, 1) == (ids[1:5], 12)
-    assert await lanes.claim_share("small", 64, 5) == ([], 12)
-    assert await lanes.claim_share("large", 64, 0) == (ids[5:], 0)
+    assert (await lanes.claim_share("small", 64, 1))[:2] == (ids[1:5], 12)
+    assert (await lanes.claim_share("small", 64, 5))[:2] == ([], 12)
+    assert (await lanes.claim_share("large", 64, 0))[:2] == (ids[5:], 0)
 
 
 async def test_jobs_left_to_others_wake_them(store: Store) -> None:

@@ -240,7 +240,7 @@ async def test_one_terminal_event_whatever_happens_at_once(store: Store) -> None
                 await store.jobs.end(job.id, finished("failed"))
 
             async def take_over() -> None:
-                begun = await far.jobs.begin(job.id, Started(replica="other", at=0.0), 100)
+                begun = await far.jobs.begin(job.id, Started(replica="other", at=0.0), 100, 0)
                 if not isinstance(begun, str):
                     second = far.log.writer(begun)
                     say(second, "more")

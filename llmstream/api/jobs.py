@@ -1,0 +1,75 @@
+"""``/jobs``: what was done lately, what was given up, and giving it another chance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from llmstream.api.chat import stream_url
+from llmstream.api.keys import GATEWAY
+from llmstream.errors import BadRequest, error_body
+from llmstream.types import JobState
+
+routes = web.RouteTableDef()
+
+
+@routes.get("/jobs")
+async def jobs(request: web.Request) -> web.Response:
+    """The latest jobs, newest first, without their text."""
+    states = await request.app[GATEWAY].recent(_limit(request))
+    return web.json_response({"object": "list", "data": [_row(state) for state in states]})
+
+
+@routes.get("/jobs/dead")
+async def dead(request: web.Request) -> web.Response:
+    """Jobs that failed after all their attempts, latest first, each with the reason."""
+    states = await request.app[GATEWAY].dead(_limit(request))
+    rows = [{**_row(state), "error": error_body(state.failure)["error"] if state.failure else None} for state in states]
+    return web.json_response({"object": "list", "data": rows})
+
+
+@routes.post("/jobs/{task_id}/requeue")
+async def requeue(request: web.Request) -> web.Response:
+    """Runs a failed or cancelled job once more, as a new job; doing it twice is fine."""
+    gateway, old_id = request.app[GATEWAY], request.match_info["task_id"]
+    job = await gateway.requeue(old_id)
+    state = await gateway.job(job.id)
+    return web.json_response(
+        {
+            "status": state.status,
+            "task_id": job.id,
+            "session_id": job.session_id,
+            "stream_url": stream_url(request, job, named=True),
+            "continues": old_id,
+        },
+        status=202,
+        headers={"x-job-id": job.id},
+    )
+
+
+def _limit(request: web.Request) -> int:
+    try:
+        limit = int(request.query.get("limit", "50"))
+    except ValueError:
+        limit = 0
+    if not 1 <= limit <= 500:
+        raise BadRequest("limit must be a number from 1 to 500.", param="limit")
+    return limit
+
+
+def _row(state: JobState) -> dict[str, Any]:
+    return {
+        "task_id": state.job.id,
+        "session_id": state.job.session_id,
+        "status": state.status,
+        "model": state.job.request.model,
+        "priority": state.job.priority,
+        "lane": state.job.lane,
+        "attempt": state.attempt,
+        "replica": state.replica,
+        "continues": state.job.continues,
+        "created_at": state.job.created_at,
+        "started_at": state.started_at,
+        "finished_at": state.finished_at,
+    }

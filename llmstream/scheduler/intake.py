@@ -1,0 +1,48 @@
+"""What one attempt generates, on its way into the log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from llmstream.store.memory import AnyWriter
+from llmstream.types import Delta, Usage
+
+EVENT_BYTES = 96
+"""What an event weighs beside its text."""
+
+
+class Intake:
+    """The sink of a provider; knows what came and since when nothing did."""
+
+    def __init__(self, writer: AnyWriter, clock: Callable[[], float]) -> None:
+        self.reasons: dict[int, str] = {}
+        """Finish reasons by choice."""
+        self.usage: Usage | None = None
+        self.text_only = True
+        self.got_token = False
+        self.silent_since: float | None = clock()
+        """Since when the model owes a token, in seconds of ``clock``; None while it owes none."""
+        self._writer = writer
+        self._clock = clock
+
+    @property
+    def congested(self) -> bool:
+        return self._writer.congested
+
+    def put(self, deltas: Sequence[Delta]) -> None:
+        if self._writer.lost is not None:  # the attempt is being stopped
+            return
+        self.silent_since, self.got_token = self._clock(), True
+        for delta in deltas:
+            self._writer.append(delta, len(delta.text) + EVENT_BYTES)
+            self.usage = delta.usage or self.usage
+            if delta.fields:
+                self.text_only = False
+            if delta.finish_reason is not None:
+                self.reasons[delta.index] = delta.finish_reason
+
+    async def drained(self) -> None:
+        """Waits for the store, which is no silence of the model."""
+        self.silent_since = None
+        await self._writer.flush()
+        self.silent_since = self._clock()

@@ -1,0 +1,121 @@
+"""A store that wants TLS and a user with few rights."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+import llmstream.store
+from llmstream.config import StoreSettings
+from llmstream.errors import ConfigError
+from llmstream.store.store import open_store
+from tests.conftest import assert_every_key_expires
+from tests.logs import drain, finished, text_of
+from tests.replica import FAST, echo, replica, submit, tokens
+from tests.test_readme import README
+from tests.valkey import Valkey, stores, valkey
+from tests.waiting import wait_until
+
+REDIS = shutil.which("redis-server")
+
+
+def documented_rights(server_has_waitaof: bool) -> list[str]:
+    """The words of the README's ACL user."""
+    (found,) = re.findall(r"ACL SETUSER llmstream on >PASSWORD ([^`]+)```", README)
+    return [word for word in found.split() if server_has_waitaof or word != "+waitaof"]
+
+
+async def openssl(*words: str) -> None:
+    process = await asyncio.create_subprocess_exec("openssl", *words, stderr=asyncio.subprocess.DEVNULL)
+    assert await process.wait() == 0
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+async def run_jobs(url: str) -> None:
+    """Leads jobs through their lives: submitted, run, followed from another replica, cancelled."""
+    async with stores(url, 2) as (store, other), replica(store, echo(delay_ms=5)) as scheduler:
+        job, endless = await submit(store, tokens=5), await submit(store, tokens=100_000)
+        log = await drain(other.log.follow(job.id))
+        assert text_of(log) == tokens(5)
+        await wait_until(lambda: scheduler.running == 1)
+        await other.jobs.end(endless.id, finished("cancelled"))
+        await other.lanes("echo", FAST).remove(endless.id)
+        await wait_until(lambda: scheduler.running == 0)
+        await store.jobs.join_session("s", job)
+        assert await store.jobs.session_jobs("s") == [job.id]
+        assert (await store.lanes("echo", FAST).standing(job.id)).ahead is None
+        assert (await store.lanes("echo", FAST).census()).served == 2
+        assert await store.lanes("echo", FAST).recent(5)
+        assert store.presence.trouble is None
+
+
+async def add_user(server: Valkey, *, waitaof: bool) -> None:
+    rights = documented_rights(waitaof)
+    assert await server.ask("ACL", "SETUSER", "llmstream", "on", ">secret/1", *rights) == b"+OK\r\n"
+
+
+async def denials(server: Valkey) -> bytes:
+    """How many commands were refused for want of rights."""
+    async with stores(server.url) as (store,):
+        return bytes(repr(await store.writes.call("ACL", "LOG")), "ascii")
+
+
+async def test_the_documented_rights_are_enough(tmp_path: Path) -> None:
+    """A user with the rights in the README, and no others, does everything that replicas do."""
+    async with valkey(tmp_path) as server:
+        await add_user(server, waitaof=True)
+        await server.ask("ACL", "LOG", "RESET")
+        await run_jobs(f"unix://llmstream:secret%2F1@{server.socket}")
+        assert await denials(server) == b"[]"
+        async with stores(server.url) as (store,):
+            await assert_every_key_expires(store)
+
+
+def test_every_command_is_documented() -> None:
+    """The rights in the README name every command that the store's modules spell out."""
+    given = {word.removeprefix("+").partition("|")[0] for word in documented_rights(True) if word.startswith("+")}
+    source = "".join(path.read_text() for path in Path(llmstream.store.__path__[0]).glob("*.py"))
+    used = set(re.findall(r"""(?:call|pack|ask|defer)\(+["']([A-Z]{3,})["']""", source)) | {"WAITAOF", "XREAD"}
+    assert len(used) > 20
+    optional, in_connection = {"config"}, {"client", "ping", "asking"}
+    assert {command.lower() for command in used} - given <= optional | in_connection
+
+
+async def test_a_wrong_password_is_explained(tmp_path: Path) -> None:
+    """Starting with a wrong password is a ConfigError that names the setting, not the password."""
+    async with valkey(tmp_path) as server:
+        await add_user(server, waitaof=True)
+        settings = StoreSettings.model_validate({"url": f"unix://llmstream:hunter2@{server.socket}"})
+        with pytest.raises(ConfigError, match="REDIS_URL") as refused:
+            async with open_store(settings, tmp_path):
+                pass
+        assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.skipif(REDIS is None, reason="the packaged Valkey speaks no TLS; needs a redis-server on the PATH")
+async def test_tls(tmp_path: Path) -> None:
+    """A rediss:// URL with a certificate authority works as any other; without the authority it is refused."""
+    key, certificate, port = tmp_path / "key.pem", tmp_path / "cert.pem", free_port()
+    await openssl(
+        *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+        *("-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)),
+    )
+    tls = ["--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key)]
+    tls += ["--tls-ca-cert-file", str(certificate), "--tls-auth-clients", "no"]
+    async with valkey(tmp_path, *tls, binary=Path(REDIS or "")) as server:
+        await add_user(server, waitaof=False)
+        url = f"rediss://llmstream:secret%2F1@localhost:{port}/0"
+        await run_jobs(f"{url}?ssl_ca_certs={certificate}")
+        with pytest.raises(ConfigError, match="certificate"):
+            async with open_store(StoreSettings.model_validate({"url": url}), tmp_path):
+                pass
