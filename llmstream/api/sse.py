@@ -39,13 +39,15 @@ class Stream(EventSourceResponse):
     def __init__(self, *, ping_s: float, headers: dict[str, str]) -> None:
         super().__init__(ping_interval=ping_s, allow_all_methods=True, sep="\n", headers=headers)
         self._writer: StreamWriter | None = None
+        self._transport: asyncio.Transport | None = None
+        self._headed = False
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         if request.transport is None:
             raise ConnectionResetError("the client is gone")
         writer = await super().prepare(request)
         if isinstance(writer, StreamWriter):  # the server prepares each response once more when its handler returns
-            self._writer = writer
+            self._writer, self._transport = writer, request.transport
         return writer
 
     def put(self, frames: bytes) -> bool:
@@ -53,13 +55,15 @@ class Stream(EventSourceResponse):
 
         Raises ConnectionError when the client is gone.
         """
-        writer = self._writer
+        writer, transport = self._writer, self._transport
         assert writer is not None
-        transport = writer.transport
-        if transport is None or transport.is_closing():
+        assert transport is not None
+        if transport.is_closing():
             raise ConnectionResetError("the client is gone")
         if frames:
-            writer.send_headers()
+            if not self._headed:
+                writer.send_headers()
+                self._headed = True
             # What aiohttp's own write does without compression, less a coroutine and four calls for each token.
             transport.write(b"%x\r\n%b\r\n" % (len(frames), frames) if writer.chunked else frames)
             writer.output_size += len(frames)

@@ -25,21 +25,21 @@ class Intake:
         self._writer = writer
         self._clock = clock
 
-    @property
-    def congested(self) -> bool:
-        return self._writer.congested
-
-    def put(self, deltas: Sequence[Delta]) -> None:
-        if self._writer.lost is not None:  # the attempt is being stopped
-            return
+    def put(self, deltas: Sequence[Delta]) -> bool:
+        writer = self._writer
+        if writer.lost is not None:  # the attempt is being stopped
+            return True
         self.silent_since, self.got_token = self._clock(), True
+        size = EVENT_BYTES * len(deltas)
         for delta in deltas:
-            self._writer.append(delta, len(delta.text) + EVENT_BYTES)
-            self.usage = delta.usage or self.usage
+            size += len(delta.text)
+            if delta.usage is not None:
+                self.usage = delta.usage
             if delta.fields:
                 self.text_only = False
             if delta.finish_reason is not None:
                 self.reasons[delta.index] = delta.finish_reason
+        return writer.extend(deltas, size)
 
     async def drained(self) -> None:
         """Waits for the store, which is no silence of the model."""
