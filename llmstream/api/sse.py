@@ -13,7 +13,7 @@ from aiohttp.http import StreamWriter
 from aiohttp_sse import EventSourceResponse
 
 from llmstream.api.keys import PING_S, STREAMS
-from llmstream.api.presence import attended
+from llmstream.api.presence import Attended
 from llmstream.api.render import Format, render_entry
 from llmstream.errors import BadRequest, LLMStreamError, StoreError, StoreUnavailable
 from llmstream.store.entry import Entry
@@ -106,7 +106,7 @@ async def serve(
     response = Stream(ping_s=request.app[PING_S], headers=headers)
     try:
         with follower:
-            async with attended(request, follower):
+            async with Attended(request, follower):
                 await response.prepare(request)
                 async with response:
                     if waiting is not None:
