@@ -6,13 +6,16 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from types import TracebackType
+from typing import Self
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import StreamWriter
 from aiohttp_sse import EventSourceResponse
 
-from llmstream.api.keys import PING_S, STREAMS
+from llmstream.api.keys import PINGS, STREAMS
+from llmstream.api.pings import Pings
 from llmstream.api.presence import Attended
 from llmstream.api.render import Format, render_entry
 from llmstream.errors import BadRequest, LLMStreamError, StoreError, StoreUnavailable
@@ -21,6 +24,9 @@ from llmstream.store.follower import Follower
 from llmstream.types import BEGINNING, EventId
 
 RETRY_FRAME = b"retry: 1000\n\n"
+PING_FRAME = b": ping\n\n"
+STALL_S = 120.0
+"""A client that takes nothing of what waits for it is given up after so long."""
 QUEUE_LOOK_S = 1.0
 CONGESTED_BYTES = 64 * 1024
 """What may wait for a slow client; the rest stays in the log."""
@@ -34,10 +40,13 @@ Waiting = Callable[[], Awaitable[bytes]]
 
 
 class Stream(EventSourceResponse):
-    """aiohttp-sse's headers, ping and disconnect; frames are written as ready bytes."""
+    """aiohttp-sse's headers and disconnect; frames are written as ready bytes, and one timer serves all streams."""
 
-    def __init__(self, *, ping_s: float, headers: dict[str, str]) -> None:
-        super().__init__(ping_interval=ping_s, allow_all_methods=True, sep="\n", headers=headers)
+    def __init__(self, pings: Pings, *, headers: dict[str, str]) -> None:
+        super().__init__(allow_all_methods=True, headers=headers)
+        self._pings = pings
+        self._last_look = (-1, 0)
+        self._same_since = 0.0
         self._writer: StreamWriter | None = None
         self._transport: asyncio.Transport | None = None
         self._headed = False
@@ -69,6 +78,33 @@ class Stream(EventSourceResponse):
             writer.output_size += len(frames)
             writer.buffer_size += len(frames)  # what makes its write() wait for a slow client
         return transport.get_write_buffer_size() < CONGESTED_BYTES
+
+    def look(self, now: float) -> None:
+        """Called by :class:`Pings`."""
+        writer, transport = self._writer, self._transport
+        assert writer is not None
+        assert transport is not None
+        found = (writer.output_size, transport.get_write_buffer_size())
+        if found != self._last_look:
+            self._last_look, self._same_since = found, now
+        elif found[1]:
+            if now - self._same_since >= STALL_S:
+                transport.abort()
+        elif now - self._same_since >= self._pings.ping_s and not transport.is_closing():
+            self.put(PING_FRAME)
+
+    async def _ping(self) -> None:
+        """What would be a sleeping task for each stream."""
+
+    async def __aenter__(self) -> Self:
+        self._pings.add(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pings.discard(self)
+        await super().__aexit__(kind, error, trace)
 
 
 def position(request: web.Request) -> EventId:
@@ -103,7 +139,7 @@ async def serve(
     follower.hurry()
     streams = request.app[STREAMS]
     streams.add(task)
-    response = Stream(ping_s=request.app[PING_S], headers=headers)
+    response = Stream(request.app[PINGS], headers=headers)
     try:
         with follower:
             async with Attended(request, follower):
