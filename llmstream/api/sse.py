@@ -50,6 +50,8 @@ class Stream(EventSourceResponse):
         self._writer: StreamWriter | None = None
         self._transport: asyncio.Transport | None = None
         self._headed = False
+        self.ending = b""
+        """The last frames, which go out together with the end of the body."""
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         if request.transport is None:
@@ -70,13 +72,15 @@ class Stream(EventSourceResponse):
         if transport.is_closing():
             raise ConnectionResetError("the client is gone")
         if frames:
-            if not self._headed:
-                writer.send_headers()
+            if self._headed:
+                # What aiohttp's own write does without compression, less a coroutine and four calls for each token.
+                transport.write(b"%x\r\n%b\r\n" % (len(frames), frames) if writer.chunked else frames)
+                writer.output_size += len(frames)
+                writer.buffer_size += len(frames)  # what makes its write() wait for a slow client
+            else:  # in one packet with the headers
                 self._headed = True
-            # What aiohttp's own write does without compression, less a coroutine and four calls for each token.
-            transport.write(b"%x\r\n%b\r\n" % (len(frames), frames) if writer.chunked else frames)
-            writer.output_size += len(frames)
-            writer.buffer_size += len(frames)  # what makes its write() wait for a slow client
+                with suppress(StopIteration):
+                    writer.write(frames, drain=False).send(None)
         return transport.get_write_buffer_size() < CONGESTED_BYTES
 
     def look(self, now: float) -> None:
@@ -149,7 +153,7 @@ async def serve(
                         await response.write(RETRY_FRAME)
                         await _announce(response, follower, waiting)
                     await _pump(response, follower, wire)
-                await response.write_eof()
+                await response.write_eof(response.ending)
     except ConnectionError:
         logger.debug("the client went away", extra={"job_id": headers.get("x-job-id")})
     except Exception:
@@ -189,10 +193,18 @@ async def deliver(
 
 async def _pump(response: Stream, follower: Follower, wire: Format) -> None:
     def put(entry: Entry) -> bool:
-        return response.put(render_entry(entry, wire))
+        frames = render_entry(entry, wire)
+        if entry.terminal:
+            response.ending = frames
+            return True
+        return response.put(frames)
 
     async def write(entries: list[Entry]) -> None:
-        await response.write(b"".join([render_entry(entry, wire) for entry in entries]))
+        frames = b"".join([render_entry(entry, wire) for entry in entries])
+        if entries[-1].terminal:
+            response.ending = frames
+        else:
+            await response.write(frames)
 
     try:
         await deliver(follower, put, write)
