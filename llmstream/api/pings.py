@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
+STALL_S = 120.0
+"""A client that takes nothing of what waits for it is given up after so long."""
 _LOOKS = 4
 """Looks in one interval: a comment comes at most a quarter of it late."""
 

@@ -15,7 +15,7 @@ from aiohttp.http import StreamWriter
 from aiohttp_sse import EventSourceResponse
 
 from llmstream.api.keys import PINGS, STREAMS
-from llmstream.api.pings import Pings
+from llmstream.api.pings import STALL_S, Pings
 from llmstream.api.presence import Attended
 from llmstream.api.render import Format, render_entry
 from llmstream.errors import BadRequest, LLMStreamError, StoreError, StoreUnavailable
@@ -25,8 +25,6 @@ from llmstream.types import BEGINNING, EventId
 
 RETRY_FRAME = b"retry: 1000\n\n"
 PING_FRAME = b": ping\n\n"
-STALL_S = 120.0
-"""A client that takes nothing of what waits for it is given up after so long."""
 QUEUE_LOOK_S = 1.0
 CONGESTED_BYTES = 64 * 1024
 """What may wait for a slow client; the rest stays in the log."""
@@ -43,7 +41,7 @@ class Stream(EventSourceResponse):
     """aiohttp-sse's headers and disconnect; frames are written as ready bytes, and one timer serves all streams."""
 
     def __init__(self, pings: Pings, *, headers: dict[str, str]) -> None:
-        super().__init__(allow_all_methods=True, headers=headers)
+        super().__init__(allow_all_methods=True, headers=headers, send_timeout=None)
         self._pings = pings
         self._last_look = (-1, 0)
         self._same_since = 0.0

@@ -152,3 +152,20 @@ async def test_a_client_that_takes_nothing_is_given_up(
     await wait_until(lambda: readers() == 0)
     connection.close()
     assert (await finished(server, answer["task_id"])).status == "completed"
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no such option")
+async def test_a_vanished_host_is_noticed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel gives up every connection on which nothing is acknowledged for long."""
+    made: list[int] = []
+    before = Connection.connection_made
+
+    def spy(self: Connection, transport: asyncio.BaseTransport) -> None:
+        before(self, transport)
+        own = transport.get_extra_info("socket")
+        made.append(own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+
+    monkeypatch.setattr(Connection, "connection_made", spy)
+    (await ask(server, "/health")).close()
+    await wait_until(lambda: bool(made))
+    assert made == [120_000]
