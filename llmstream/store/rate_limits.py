@@ -83,7 +83,7 @@ class Charge(NamedTuple):
     cost: int = 1
 
 
-class Standing(NamedTuple):
+class Verdict(NamedTuple):
     """How full a bucket is, as ``X-RateLimit-*`` headers tell it."""
 
     allowed: bool
@@ -103,14 +103,14 @@ class RateLimits:
         self._pipeline = pipeline
         self._keys = keys
 
-    async def take(self, who: str, *charges: Charge) -> list[Standing]:
+    async def take(self, who: str, *charges: Charge) -> list[Verdict]:
         """Takes from several buckets of one caller, from all of them or from none. Raises StoreUnavailable."""
         keys = [self._keys.bucket(who, charge.rate.name) for charge in charges]
         args = [arg for rate, cost in charges for arg in (rate.limit, rate.window_us, rate.burst, cost)]
         reply = await self._pipeline.run(_TAKE, keys, *args)
         taken = all(allowed for allowed, _ in reply)
         found = zip(charges, reply, strict=True)
-        return [_standing(charge, bool(allowed), int(debt), taken) for charge, (allowed, debt) in found]
+        return [_verdict(charge, bool(allowed), int(debt), taken) for charge, (allowed, debt) in found]
 
     def correct(self, who: str, rate: Rate, by: int) -> None:
         """Takes ``by`` more, also where there is not enough, or gives back where it is negative: what was really used
@@ -124,11 +124,11 @@ class RateLimits:
         self._pipeline.defer_script(_CORRECT, [self._keys.bucket(who, rate.name)], args, told)
 
 
-def _standing(charge: Charge, allowed: bool, debt: int, taken: bool) -> Standing:
+def _verdict(charge: Charge, allowed: bool, debt: int, taken: bool) -> Verdict:
     rate, cost = charge
     window, limit, size = rate.window_us, rate.limit, rate.burst * rate.window_us
     lacking = max(0, debt + cost * window - size)
     retry_after_s = math.inf if cost > rate.burst else lacking / limit / 1_000_000
     if taken:
         debt += cost * window
-    return Standing(allowed, limit, max(0, (size - debt) // window), debt / limit / 1_000_000, retry_after_s)
+    return Verdict(allowed, limit, max(0, (size - debt) // window), debt / limit / 1_000_000, retry_after_s)
