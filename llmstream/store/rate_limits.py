@@ -20,13 +20,15 @@ _PRELUDE = """
 local t = redis.call('TIME')
 local now = t[1] * 1000000 + t[2]
 local function fmt(number) return string.format('%.0f', number) end
--- A bucket: when it was looked at, and what was missing then. A clock that steps back refills nothing.
-local function missing(key, limit)
-  local at, debt = string.match(redis.call('GET', key) or '0|0', '^(%d+)|(%d+)$')
-  return math.max(0, debt - math.max(0, now - at) * limit)
-end
 local function put(key, debt, limit)
   redis.call('SET', key, fmt(now) .. '|' .. fmt(debt), 'PX', fmt(math.ceil(debt / limit / 1000) + 1000))
+end
+-- A bucket: when it was looked at, and what was missing then. A clock that steps back refills nothing, and from there
+-- on goes on.
+local function missing(key, limit)
+  local at, debt = string.match(redis.call('GET', key) or '0|0', '^(%d+)|(%d+)$')
+  if tonumber(at) > now then put(key, debt, limit) end
+  return math.max(0, debt - math.max(0, now - at) * limit)
 end
 """
 
