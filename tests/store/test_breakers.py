@@ -115,10 +115,10 @@ async def test_few_failures_among_many_successes(store: Store) -> None:
 
 async def test_old_failures_do_not_count(store: Store) -> None:
     """Failures that lie further apart than the window do not add up."""
-    async with replicas(store, 1, LONG._replace(window_s=0.2)) as (one,):
-        for _ in range(3):
-            await fail(one, one)
-            await asyncio.sleep(0.3)  # what is tried is that time passes
+    async with replicas(store, 1, LONG._replace(window_s=0.4)) as (one,):
+        for _ in range(5):
+            await fail(one)
+            await asyncio.sleep(0.25)  # what is tried is that time passes
         assert await state_of(one) == "closed"
 
 
@@ -179,9 +179,22 @@ async def test_the_probe_of_a_dead_replica_lapses(store: Store) -> None:
         passed = await probe_of(other)
         dead.failed(lost)
         dead.succeeded(lost)
+        for _ in range(2):  # a script that the server did not know goes a second time
+            await dead.refresh()
         assert await state_of(third) == "half_open"
         other.succeeded(passed)
         await comes_to("closed", third)
+
+
+async def test_who_missed_that_it_opened_again(store: Store) -> None:
+    """A replica whose copy is out of date gets no probe before the time, and learns how it is."""
+    async with replicas(store, 2, LONG) as (one, late):
+        await fail(one, one, one)
+        await comes_to("open", late)
+        late._shut = {TARGET: late._shut[TARGET]._replace(opens_at=0.0)}
+        assert late.admits(TARGET)
+        assert await late.enter(TARGET) is None
+        await wait_until(lambda: not late.admits(TARGET))
 
 
 async def test_a_long_probe_is_kept(store: Store) -> None:

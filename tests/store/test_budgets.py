@@ -150,6 +150,22 @@ async def test_a_lost_answer_counts_once(store: Store) -> None:
         await comes_to(budgets, Spent(0, 1, 4))
 
 
+async def test_an_end_that_could_not_be_told(store: Store) -> None:
+    """A request that ended while the store was away is settled as soon as it is back."""
+    await teach(store)
+    async with distant(store, timeout_s=0.2) as (far, proxy):
+        budgets = budgets_of(far)
+        reservation = await reserved(budgets, Limits(), 10, "a")
+        proxy.refuse()
+        proxy.cut()
+        budgets.settle(reservation, 4)
+        await wait_until(lambda: bool(budgets._ends))
+        proxy.refuse(False)
+        await wait_until(lambda: far.presence.trouble is None)
+        await budgets.renew()
+        await comes_to(budgets, Spent(0, 1, 4))
+
+
 async def test_an_answer_nobody_waits_for_is_given_back(store: Store) -> None:
     """A reservation that was made although its answer got lost does not stay when nobody asks for it again."""
     await teach(store)
@@ -175,13 +191,16 @@ async def test_a_wait_that_is_cancelled_leaves_nothing(store: Store) -> None:
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
+    assert not one._lines
+    one.settle(first, 0)
+    await comes_to(one, Spent(0, 1, 0))
+    second = await other.reserve(TARGET, limits, 0, "other", 3.0)
+    assert isinstance(second, Reservation)
+    other.settle(second, 0)
     in_flight = asyncio.create_task(one.acquire(TARGET, Limits(), 0, "in flight"))
     await asyncio.sleep(0)
     in_flight.cancel()
-    one.settle(first, 0)
-    await one.spent(TARGET)
-    assert isinstance(await other.reserve(TARGET, limits, 0, "other", 3.0), Reservation)
-    assert not one._lines
+    await comes_to(one, Spent(0, 2, 0))
 
 
 @pytest.mark.usefixtures("_no_polls")
@@ -207,6 +226,7 @@ async def test_who_hears_nothing_asks_again(store: Store, monkeypatch: pytest.Mo
     reservation = await budgets.acquire(TARGET, limits, 0, "a")
     waiting = asyncio.create_task(budgets.acquire(TARGET, limits, 0, "b"))
     await wait_until(lambda: len(budgets._lines.get(TARGET, ())) == 1)
+    await asyncio.sleep(0.1)  # it has asked several times
     budgets.settle(reservation, 0)
     async with asyncio.timeout(10):
         await waiting
@@ -277,31 +297,31 @@ async def test_a_replica_that_was_away_takes_its_slots_back(store: Store) -> Non
     await comes_to(away, Spent(1, 2, 25))
 
 
-async def test_a_store_that_forgot_everything_is_told_again(tmp_path: Path) -> None:
-    """What is under way counts again in a store that came back empty."""
+@pytest.mark.parametrize("everything", [True, False])
+async def test_a_store_that_forgot_is_told_again(tmp_path: Path, everything: bool) -> None:
+    """What is under way counts again in a store that came back empty, or without its last moments."""
     async with valkey(tmp_path) as server, stores(server.url) as (store,):
         budgets = budgets_of(store)
-        reservation = await reserved(budgets, Limits(), 10, "a")
-        budgets.settle(await reserved(budgets, Limits(), 10, "b"), 5)
-        await comes_to(budgets, Spent(1, 2, 15))
-        await server.set_back_to_nothing()
+        reservations = [await reserved(budgets, Limits(), 10, "a")]
+        await server.snapshot()
+        reservations.append(await reserved(budgets, Limits(), 20, "b"))
+        await (server.set_back_to_nothing() if everything else server.set_back())
         await server.start()
 
         async def told_again() -> bool:
-            await budgets.renew()
-            return await budgets.spent(TARGET) == Spent(1, 1, 10)
-
-        async def known() -> bool:
             try:
-                return await told_again()
+                await budgets.renew()
+                return await budgets.spent(TARGET) == Spent(2, 2, 30)
             except StoreUnavailable:
                 return False
 
-        await wait_until(known)
+        await wait_until(told_again)
         for _ in range(2):
             await budgets.renew()
-        budgets.settle(reservation, 4)
-        await comes_to(budgets, Spent(0, 1, 4))
+        await comes_to(budgets, Spent(2, 2, 30))
+        for reservation in reservations:
+            budgets.settle(reservation, 4)
+        await comes_to(budgets, Spent(0, 2, 8))
 
 
 async def test_nothing_held_costs_nothing(store: Store) -> None:

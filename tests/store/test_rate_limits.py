@@ -64,6 +64,8 @@ async def test_all_or_nothing(store: Store) -> None:
     requests, tokens = await limits.take("key", Charge(HOURLY), Charge(TOKENS, 101))
     assert requests == Verdict(True, 3600, 5, 0.0, 0.0)
     assert tokens == Verdict(False, 1000, 100, 0.0, math.inf)
+    tokens, requests = await limits.take("key", Charge(TOKENS, 101), Charge(HOURLY))
+    assert (requests.allowed, requests.remaining, tokens.allowed) == (True, 5, False)
     requests, tokens = await limits.take("key", Charge(HOURLY), Charge(TOKENS, 60))
     assert (requests.remaining, tokens.remaining) == (4, 40)
     requests, tokens = await limits.take("key", Charge(HOURLY), Charge(TOKENS, 60))
