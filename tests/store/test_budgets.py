@@ -298,8 +298,11 @@ async def test_a_replica_that_was_away_takes_its_slots_back(store: Store) -> Non
 
 
 @pytest.mark.parametrize("everything", [True, False])
-async def test_a_store_that_forgot_is_told_again(tmp_path: Path, everything: bool) -> None:
+async def test_a_store_that_forgot_is_told_again(
+    tmp_path: Path, everything: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is under way counts again in a store that came back empty, or without its last moments."""
+    monkeypatch.setattr(module, "RECONCILE_RENEWALS", 1_000_000)
     async with valkey(tmp_path) as server, stores(server.url) as (store,):
         budgets = budgets_of(store)
         reservations = [await reserved(budgets, Limits(), 10, "a")]
