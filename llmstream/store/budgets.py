@@ -120,7 +120,8 @@ class Budgets:
     ) -> Reservation:
         """Reserves like :meth:`reserve`, and waits in line for as long as the caller does.
 
-        Of all who wait on any replica the one with the least ``urgency`` goes first, by default the one who came first.
+        Of all who wait on any replica the one with the least ``urgency`` goes first, by default the one who came first;
+        one who wants much is not overtaken by those who want little.
         """
         urgency = self._clock() if urgency is None else urgency
         rest_s = 0.0
@@ -139,17 +140,20 @@ class Budgets:
                     if isinstance(found, Reservation):
                         return found
                     place.rest(min(found.after_s, POLL_S))
+            except BaseException:
+                if len(line) == 1:
+                    self._step_back(target)
+                raise
             finally:
                 if len(line) == 1:
                     del self._lines[target]
-                    self._step_back(target)
 
     async def reserve(
         self, target: str, limits: Limits, tokens: int, name: str, urgency: float | None = None
     ) -> Reservation | Wait:
         """Takes a slot, a request and ``tokens``, all or nothing.
 
-        ``name`` is unique to the try and used again only after StoreUnavailable: then a lost answer counts once.
+        ``name`` is unique to the try; used again after StoreUnavailable, it finds what a lost answer has taken.
         Whoever is told to wait has a place in line for three seconds. Raises TooManyTokens, StoreUnavailable.
         """
         if limits.tokens is not None and tokens > limits.tokens:
