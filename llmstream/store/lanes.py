@@ -112,7 +112,7 @@ if held then
   others = others - own
   if others > 0 then
     local share = math.ceil((redis.call('HLEN', claims) + redis.call('ZCARD', order)) * own / (own + others))
-    count = math.min(count, share + math.floor(share / 16) - held)
+    count = math.min(count, share + math.floor(share / 8) - held)
   end
 end
 for _ = 1, count do
