@@ -17,6 +17,9 @@ from llmstream.errors import ConfigError
 from llmstream.gateway import Gateway, open_gateway
 from llmstream.providers.build import PullProgress
 
+BACKLOG = 4096
+"""Clients that may wait to be accepted, as far as the system lets them. With 128 a busy moment loses some: they
+believe that they are connected, and are cut or kept waiting for seconds."""
 HANDLER_GRACE_S = 2.0
 """What request handlers get to end after their streams were closed."""
 
@@ -78,8 +81,8 @@ class Server:
 
     async def _listen(self, runner: Runner) -> None:
         server = self.settings.server
-        sites: list[web.BaseSite] = [web.SockSite(runner, own) for own in self._sockets]
-        for site in sites or [web.TCPSite(runner, server.host, server.port)]:
+        sites: list[web.BaseSite] = [web.SockSite(runner, own, backlog=BACKLOG) for own in self._sockets]
+        for site in sites or [web.TCPSite(runner, server.host, server.port, backlog=BACKLOG)]:
             try:
                 await site.start()
             except OSError as error:

@@ -50,7 +50,7 @@ async def _read(request: web.Request) -> bytes:
         raise _too_large(limit) from None
     except TimeoutError:
         raise BadRequest(f"The request body did not arrive within {READ_TIMEOUT_S:g} s.", status=408) from None
-    except (ConnectionError, asyncio.CancelledError):
+    except (BodyTooLarge, ConnectionError, asyncio.CancelledError):
         raise
     except Exception:  # whatever the decoder raises
         raise unreadable() from None

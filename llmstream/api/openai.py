@@ -47,6 +47,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     wire = ChatFormat(job, include_usage=schema.include_usage)
     del schema, body  # a stream may be open for hours
     if stream:
+        del job
         return await serve(request, follower, wire, headers=headers)
     with follower:
         return await _whole(request, job, follower, headers)

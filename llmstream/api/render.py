@@ -115,7 +115,7 @@ class ChatFormat:
         self.key = ("chat", include_usage, begins_at)
         self._include_usage = include_usage
         self._begins_at = begins_at
-        self._job = job
+        self._choices = job.request.choices
         head = {
             "id": completion_id(job),
             "object": "chat.completion.chunk",
@@ -142,7 +142,7 @@ class ChatFormat:
     def _roles(self, attempt: int, seq: int) -> bytes:
         roles = b",".join(
             b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}' % index
-            for index in range(self._job.request.choices)
+            for index in range(self._choices)
         )
         return b'id: %d-%d\ndata: %s,"choices":[%s]}\n\n' % (attempt, seq, self._head, roles)
 

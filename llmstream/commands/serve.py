@@ -18,7 +18,7 @@ from llmstream.commands.server_file import ServerFile
 from llmstream.commands.terminal import forget_stdout, has_terminal, say
 from llmstream.config import Settings, print_config
 from llmstream.config_schema import mask_url
-from llmstream.processes import collect_less
+from llmstream.processes import collect_less, open_more_files
 from llmstream.telemetry import setup_logging
 
 
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(print_config(settings))
         return 0
     setup_logging(settings.logging)
+    open_more_files()  # worker processes inherit it
     grace_s = settings.server.shutdown_grace_s
 
     def on_stop() -> None:

@@ -109,9 +109,10 @@ class OpenAIProvider:
 
         if self._client is None:
             raise ProviderError(self._says("is not open"))
-        body = msgspec.json.encode(upstream_body(request, so_far))
+        where = self._targets[request.kind]
         try:
-            async with self._client.post(self._targets[request.kind], body) as response:
+            # What is sent gets no name here: the answer may take hours.
+            async with self._client.post(where, msgspec.json.encode(upstream_body(request, so_far))) as response:
                 if response.status != 200:
                     raise await self._refusal(response)
                 await self._read(response, self._answer(response, request.choices), put, sink)

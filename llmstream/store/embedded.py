@@ -30,6 +30,9 @@ MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 10.0
 RESTARTS_PER_MINUTE = 6
+MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=1000"}
+"""The packaged server comes without jemalloc. With the default of glibc it spends a fifth of its time looking for free
+memory once there are 100,000 jobs; this keeps up to 33 MB at hand."""
 MAX_LOG_BYTES = 1 << 20
 
 # prctl(PR_SET_PDEATHSIG) in a process of its own instead of a preexec_fn: nothing of ours runs between fork and exec.
@@ -192,7 +195,12 @@ class EmbeddedStore:
         with self._log_path.open("ab") as output:
             # A session of its own: Ctrl-C in our terminal must not reach the server before we have drained.
             process = subprocess.Popen(  # noqa: S603 - our own binary and options
-                self._command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                self._command(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**MALLOC, **os.environ},
+                start_new_session=True,
             )
         self._process = process
         exited = self._exited = asyncio.Event()
