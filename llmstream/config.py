@@ -11,11 +11,14 @@ from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
 import yaml
+from msgspec.structs import replace
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmstream.config_schema import Setting, plain, schema_of
 from llmstream.config_sources import build
+from llmstream.config_variables import from_known_variables
+from llmstream.presets import PRESETS, Capabilities, ContinueBy, Preset, StreamUsage, preset_of
 
 OnDisconnect = Annotated[str, Field(pattern=r"^(cancel|continue|grace|grace\([0-9]{1,5}(\.[0-9]{1,3})?s\))$")]
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
@@ -28,7 +31,7 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         # YAML reads ``port: yes`` as true, which pydantic would take for 1.
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation not in (bool, bool | None):
             raise PydanticCustomError("truth_value", "a truth value is not allowed here")
         return value
 
@@ -167,29 +170,72 @@ class ModelSettings(Section):
 
 
 class ProviderSettings(Section):
-    base_url: str
-    """Root of an OpenAI-compatible API, for example ``https://api.openai.com/v1``."""
+    preset: str | None = None
+    """Which known API it is; by default the one of its name, else that of ``base_url``'s host, else ``other``."""
+    base_url: str | None = None
+    """Root of an OpenAI-compatible API, for example ``https://api.openai.com/v1``; a preset knows its own."""
     api_key: SecretStr | None = None
-    """Bearer key; None sends none."""
-    models: list[str] = []
+    """Bearer key; by default what the preset's variable holds, for the preset's own host only. None sends none."""
+    models: list[str] = ["*"]
     """Names served by this provider; ``*`` stands for any name no one else serves."""
-    continue_by: Literal["none", "assistant_prefill"] = "none"
-    """How a cut answer goes on: prefill sends what was logged as the last assistant message."""
     connect_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds to reach the API."""
+    continue_by: ContinueBy | None = None
+    """How a cut answer goes on; ``none``: it starts over. This and what follows is as the preset says by default."""
+    continue_path: str | None = None
+    """Path on the same host under which continuations are asked for; empty: that of ``base_url``."""
+    tools: bool | None = None
+    """Whether it can call tools; requests for what an API cannot do get 400."""
+    json_schema: bool | None = None
+    """Whether it can hold answers to a JSON schema."""
+    logprobs: bool | None = None
+    """Whether it tells log probabilities."""
+    choices: bool | None = None
+    """Whether it gives more than one choice (``n``)."""
+    embeddings: bool | None = None
+    """Whether it makes embeddings."""
+    stream_usage: StreamUsage | None = None
+    """When its streams tell their tokens: if ``asked`` by ``stream_options``, ``always`` without, or ``never``."""
+    max_parallel: Annotated[int, Field(ge=1)] | None = None
+    """Requests at once from one replica; more wait."""
+    rename: list[Annotated[str, Field(pattern=r"^\w+=\w+$")]] | None = None
+    """Members of a chat request that the API calls otherwise, for example ``seed=random_seed``."""
+
+    def known(self, name: str) -> Preset:
+        """What is known about the API of the provider ``name``."""
+        return preset_of(name, self.preset, self.base_url)
+
+    def url(self, name: str) -> str | None:
+        """Its base URL; None for one that says neither where it is nor which it is."""
+        return self.base_url or self.known(name).base_url
+
+    def capabilities(self, name: str) -> Capabilities:
+        """What it can do: as known, changed by what is set here."""
+        fields = Capabilities.__struct_fields__
+        said = {field: value for field in fields if (value := getattr(self, field)) is not None}
+        if "rename" in said:
+            said["rename"] = tuple(said["rename"])
+        return replace(self.known(name).can, **said)
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, preset: str | None) -> str | None:
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"one of {', '.join(PRESETS)}")
+        return preset
 
     @field_validator("base_url")
     @classmethod
-    def _http_url(cls, url: str) -> str:
-        parts = _split(url)
-        if not parts or parts.scheme not in ("http", "https") or not parts.hostname:
+    def _http_url(cls, url: str | None) -> str | None:
+        parts = _split(url) if url is not None else None
+        if url is not None and (not parts or parts.scheme not in ("http", "https") or not parts.hostname):
             raise ValueError("an http:// or https:// URL with a host, for example https://api.openai.com/v1")
         return url
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "rename", mode="before")
     @classmethod
-    def _comma_separated(cls, models: Any) -> Any:
-        return [name.strip() for name in models.split(",") if name.strip()] if isinstance(models, str) else models
+    def _comma_separated(cls, names: Any) -> Any:
+        return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else names
 
 
 class LoggingSettings(Section):
@@ -251,7 +297,7 @@ def load(
     ``flags`` has dotted keys such as ``server.port``; None means not given. Raises one ConfigError that lists
     everything that is wrong.
     """
-    return build(Settings, file, os.environ if env is None else env, flags or {})
+    return build(Settings, file, os.environ if env is None else env, flags or {}, from_known_variables)
 
 
 def print_config(settings: Settings) -> str:
@@ -285,6 +331,10 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         )
     if "remote" in settings.models:
         yield "models.remote: this name stands for the pool of all remote providers; choose another"
+    for name, provider in settings.providers.items():
+        if provider.url(name) is None:
+            meaning = "Root of an OpenAI-compatible API, for example https://api.openai.com/v1"
+            yield f"providers.{name}.base_url is required: {meaning}; or say which API it is with preset"
     for name in sorted(settings.models.keys() & settings.providers.keys()):
         yield f"models.{name}, providers.{name}: a local model and a provider share this name; rename one"
     for name in [*settings.models, *settings.providers]:

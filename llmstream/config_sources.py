@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,15 +33,21 @@ class Found(NamedTuple):
 Values = dict[Key, Found]
 
 
-def build(model: type[Model], file: Path | None, env: Mapping[str, str], flags: Mapping[str, Any]) -> Model:
+Derive = Callable[[Values, Mapping[str, str]], Values]
+"""Makes of the values so far and the environment further ones, which go before those of the file only."""
+
+
+def build(
+    model: type[Model], file: Path | None, env: Mapping[str, str], flags: Mapping[str, Any], derive: Derive
+) -> Model:
     """Merges defaults < file < environment < flags. Raises one ConfigError that lists everything wrong with them."""
     schema = schema_of(model)
     problems: list[str] = []
     if file is None and env.get(CONFIG_VARIABLE):
         file = Path(env[CONFIG_VARIABLE])
     values = YamlFile(file.expanduser(), schema, problems).values() if file else {}
-    values |= from_environment(schema, env, list(values), problems)
-    values |= from_flags(schema, flags, problems)
+    own = from_environment(schema, env, list(values), problems) | from_flags(schema, flags, problems)
+    values |= derive(values | own, env) | own
     nested = nest({key: resolve(key, found, schema, env, problems) for key, found in values.items()})
     try:
         settings = model.model_validate(nested)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -135,14 +136,39 @@ class Event(NamedTuple):
     data: Payload
 
 
-class GenerateRequest(Struct, frozen=True, omit_defaults=True):
-    """What to generate: an OpenAI request body, kept as it came so that nothing is lost on the way upstream."""
+class _Glance(Struct, frozen=True):
+    """What every part of the service has to know of a body, read without making objects of the rest."""
+
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+
+
+_glance = msgspec.json.Decoder(_Glance).decode
+
+
+class GenerateRequest(Struct, frozen=True, omit_defaults=True, kw_only=True, dict=True):
+    """What to generate: an OpenAI request body, kept byte for byte so that nothing is lost on the way upstream."""
 
     kind: Kind
     model: str
-    body: dict[str, Any]
+    raw: msgspec.Raw = msgspec.field(name="body")
+    """The body as JSON."""
     provider: str | None = None
     """Asks for one provider by name; None lets the router choose."""
+    job_id: str | None = None
+    """The job that asks, the same over all its attempts; known while it runs."""
+
+    @classmethod
+    def of(cls, kind: Kind, model: str, body: Mapping[str, Any], provider: str | None = None) -> GenerateRequest:
+        """A request with a body that is not JSON yet."""
+        return cls(kind=kind, model=model, raw=msgspec.Raw(encode(body)), provider=provider)
+
+    @cached_property
+    def body(self) -> dict[str, Any]:
+        """The whole body, decoded. Those who only pass it on do without."""
+        body: dict[str, Any] = msgspec.json.decode(self.raw)
+        return body
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -151,11 +177,15 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True):
 
     @property
     def max_tokens(self) -> int | None:
-        return self.body.get("max_completion_tokens") or self.body.get("max_tokens")
+        return self._seen.max_completion_tokens or self._seen.max_tokens
 
     @property
     def choices(self) -> int:
-        return int(self.body.get("n") or 1)
+        return self._seen.n or 1
+
+    @cached_property
+    def _seen(self) -> _Glance:
+        return _glance(self.raw)
 
 
 class Principal(Struct, frozen=True, omit_defaults=True):

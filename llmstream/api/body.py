@@ -24,12 +24,16 @@ ENCODINGS = frozenset({"", "identity", "gzip", "deflate", "br", "zstd"})
 Model = TypeVar("Model", bound=BaseModel)
 
 
-async def read_json(request: web.Request) -> dict[str, Any]:
-    """Reads a JSON object. Raises BadRequest, and BodyTooLarge before reading a body that is announced as too large."""
-    value = _decode(await _read(request))
+async def read_json(request: web.Request) -> tuple[dict[str, Any], bytes]:
+    """Reads a JSON object: what it says, and its bytes.
+
+    Raises BadRequest, and BodyTooLarge before reading a body that is announced as too large.
+    """
+    raw = await _read(request)
+    value = _decode(raw)
     if not isinstance(value, dict):
         raise BadRequest(f"The request body must be a JSON object, not {_kind(value)}.", code=INVALID_JSON)
-    return value
+    return value, raw
 
 
 async def _read(request: web.Request) -> bytes:

@@ -109,12 +109,12 @@ def stream_url(request: web.Request, job: Job, *, named: bool) -> str:
 
 
 async def _read(request: web.Request, gateway: Gateway) -> tuple[ChatBody, GenerateRequest, Identity | None]:
-    body = await read_json(request)
+    body, raw = await read_json(request)
     schema = validate(ChatBody, body)
     models = gateway.models
     if schema.model is None and not models:
         raise BadRequest("No model is configured by name; say which one with 'model'.", param="model")
-    generate = chat_request(schema, body, schema.model or models[0].name)
+    generate = chat_request(schema, raw, schema.model or models[0].name)
     return schema, generate, identity(request, schema.job_id, body)
 
 

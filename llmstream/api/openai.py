@@ -31,11 +31,11 @@ routes = web.RouteTableDef()
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """Generates an answer: as a stream that can be resumed, or whole."""
     gateway = request.app[GATEWAY]
-    body = await read_json(request)
+    body, raw = await read_json(request)
     schema = validate(ChatCompletionBody, body)
     disconnect = gateway.settings.disconnect
     job, follower = await gateway.start(
-        openai_request("chat", schema, body),
+        openai_request("chat", schema, body, raw),
         priority=schema.priority,
         session_id=schema.session_id,
         deadline_s=schema.deadline_s,
@@ -45,7 +45,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     )
     headers, stream = _headers(request, job), schema.stream
     wire = ChatFormat(job, include_usage=schema.include_usage)
-    del schema, body  # a stream may be open for hours
+    del schema, body, raw  # a stream may be open for hours
     if stream:
         del job
         return await serve(request, follower, wire, headers=headers)

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from llmstream.errors import UpstreamBroken
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest, ModelInfo
+
+
+class CannotContinue(UpstreamBroken):
+    """Going on from what was logged turned out to be impossible. Nothing was put; starting over may do."""
+
+    code = "cannot_continue"
 
 
 class Sink(Protocol):
@@ -59,7 +66,8 @@ class Provider(Protocol):
 
         Puts only what is new. The last deltas carry ``finish_reason`` per choice and ``usage`` (of the whole answer,
         what ``so_far`` holds included). Ending without a finish reason is an error of the provider, which raises
-        UpstreamBroken instead. Cancelling stops the model at once. Raises ProviderError.
+        UpstreamBroken instead. Cancelling stops the model at once. Raises ProviderError, and CannotContinue where
+        ``so_far`` turns out to be of no use.
         """
 
     async def health(self) -> dict[str, object]:

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import msgspec
 import openai
 
 from llmstream.config import ProviderSettings
-from llmstream.errors import ConfigError, ProviderError, UpstreamBroken
-from llmstream.providers.base import Sink
+from llmstream.errors import ConfigError, ProviderError, UpstreamBroken, UpstreamRejected
+from llmstream.providers.abilities import check_capabilities, told
+from llmstream.providers.base import CannotContinue, Sink
 from llmstream.providers.chunks import Answer, ChunkStream, WholeAnswer
+from llmstream.providers.continuing import Continued, produced_tokens
 from llmstream.providers.http.client import Client
 from llmstream.providers.http.connection import Broken, Connection
 from llmstream.providers.http.origin import target
-from llmstream.providers.prefill import produced_tokens, upstream_body, with_earlier
+from llmstream.providers.prefill import upstream_body
 from llmstream.providers.refusals import refusal
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest, Kind, ModelInfo
@@ -43,12 +44,19 @@ class OpenAIProvider:
     def __init__(self, name: str, settings: ProviderSettings, *, slots: int) -> None:
         self.name = name
         self.slots = slots
-        self.models: Sequence[ModelInfo] = [ModelInfo(name=model, provider=name) for model in settings.models]
+        self.can = settings.capabilities(name)
+        self.models: Sequence[ModelInfo] = [
+            ModelInfo(name=model, provider=name, extra={"capabilities": told(self.can)}) for model in settings.models
+        ]
         self._settings = settings
         self._key = settings.api_key.get_secret_value().strip() if settings.api_key else ""
-        root, mark, query = settings.base_url.partition("?")
+        root, mark, query = (settings.url(name) or "").partition("?")
         self._root, self._query = root.rstrip("/"), query
         self._targets = {kind: target(f"{self._root}{path}{mark}{query}") for kind, path in _PATHS.items()}
+        continued = (
+            urlsplit(self._root)._replace(path=self.can.continue_path).geturl() if self.can.continue_path else root
+        )
+        self._continued = target(f"{continued.rstrip('/')}{_PATHS['chat']}{mark}{query}")
         self._client: Client | None = None
         self._sdk: openai.AsyncOpenAI | None = None
 
@@ -60,7 +68,8 @@ class OpenAIProvider:
             headers["Authorization"] = f"Bearer {self._key}"
         connect_s, proxy = self._settings.connect_timeout_s, _proxy(self._root)
         try:
-            self._client = Client(self._root, headers=headers, limit=self.slots, connect_s=connect_s, proxy=proxy)
+            limit = min(self.slots, self.can.max_parallel or self.slots)
+            self._client = Client(self._root, headers=headers, limit=limit, connect_s=connect_s, proxy=proxy)
         except UnicodeError as error:
             raise ConfigError(
                 f"providers.{self.name}.base_url: the name of its host, or of the proxy that the environment asks "
@@ -82,42 +91,41 @@ class OpenAIProvider:
             await sdk.close()
 
     async def check(self, request: GenerateRequest) -> None:
-        """Only the upstream knows what it accepts."""
+        """Only the upstream knows what it accepts; what it cannot do at all is known here."""
+        check_capabilities(request, self.can, self.name)
 
     def can_continue(self, request: GenerateRequest, so_far: Transcript) -> bool:
-        """Structured output is not continued: what enforces its grammar begins anew behind the prefill."""
-        shape = request.body.get("response_format") or {"type": "text"}
-        return (
-            self._settings.continue_by == "assistant_prefill"
-            and request.kind == "chat"
-            and request.choices == 1
-            and isinstance(shape, dict)
-            and shape.get("type") == "text"
-            and (so_far.empty or so_far.continuable)
-        )
+        """Structured output is not continued by prefill: what enforces its grammar begins anew behind it."""
+        if self.can.continue_by == "none" or request.kind != "chat" or request.choices != 1:
+            return False
+        return (so_far.empty or so_far.continuable) and (self.can.continue_by == "replay" or _plain_text(request))
 
     async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
-        produced = produced_tokens(so_far)
-        if so_far is not None and request.max_tokens is not None and request.max_tokens <= produced:
+        if so_far is not None and self._reached_its_limit(request, so_far):
             sink.put([Delta(finish_reason="length", usage=so_far.usage)])
             return
-
-        def put(deltas: list[Delta]) -> bool:
-            if so_far is not None:
-                deltas = [with_earlier(delta, so_far, produced) for delta in deltas]
-            return not deltas or sink.put(deltas)
-
         if self._client is None:
             raise ProviderError(self._says("is not open"))
+        continued = Continued(request, so_far, self.can) if so_far is not None else None
         where = self._targets[request.kind]
+        if continued is not None and self.can.continue_by != "replay":
+            where = self._continued
         try:
             # What is sent gets no name here: the answer may take hours.
-            async with self._client.post(where, msgspec.json.encode(upstream_body(request, so_far))) as response:
+            async with self._client.post(
+                where, upstream_body(request, so_far, self.can), self._own_fields(request)
+            ) as response:
                 if response.status != 200:
                     raise await self._refusal(response)
-                await self._read(response, self._answer(response, request.choices), put, sink)
+                await self._read(response, self._answer(response, request.choices), continued, sink)
         except Broken as error:
             raise UpstreamBroken(self._says(f"could not be reached: {error}")) from None
+        except UpstreamRejected as error:
+            if continued is None or self.can.continue_by == "replay":
+                raise
+            raise CannotContinue(f"The answer cannot be continued: {error.message}") from None
+        if continued is not None and continued.diverged:
+            raise CannotContinue(self._says("did not repeat what it had said before it was cut"))
 
     async def health(self) -> dict[str, object]:
         """Asks for the list of models."""
@@ -161,8 +169,14 @@ class OpenAIProvider:
             raise UpstreamBroken(self._says(f"answered a web page; check providers.{self.name}.base_url"))
         return ChunkStream(choices)
 
-    async def _read(self, response: Connection, answer: Answer, put: Callable[[list[Delta]], bool], sink: Sink) -> None:
+    async def _read(self, response: Connection, answer: Answer, continued: Continued | None, sink: Sink) -> None:
         """Reads an answer to its end; raising stops the upstream."""
+
+        def put(deltas: list[Delta]) -> bool:
+            if continued is not None:
+                deltas = continued.behind(deltas)
+                answer.ended = answer.ended or continued.diverged
+            return not deltas or sink.put(deltas)
 
         def take(data: bytes) -> bool:
             return put(answer.feed(data)) and not answer.ended
@@ -189,11 +203,27 @@ class OpenAIProvider:
                 await response.read(take)
         return refusal(response.status, response.headers, self._scrubbed(bytes(body)), provider=self.name)
 
+    def _reached_its_limit(self, request: GenerateRequest, so_far: Transcript) -> bool:
+        if self.can.continue_by == "replay" or request.max_tokens is None:
+            return False
+        return request.max_tokens <= produced_tokens(so_far)
+
+    def _own_fields(self, request: GenerateRequest) -> bytes:
+        """Another llmstream knows the job by our name for it, however often and from wherever it is asked."""
+        if self.can.continue_by != "replay" or request.job_id is None:
+            return b""
+        return b"Idempotency-Key: %b\r\n" % request.job_id.encode()
+
     def _says(self, what: str) -> str:
         return self._scrubbed(f"The provider {self.name!r} {what}".encode()).decode()
 
     def _scrubbed(self, text: bytes) -> bytes:
         return text.replace(self._key.encode(), b"********") if self._key else text
+
+
+def _plain_text(request: GenerateRequest) -> bool:
+    shape = request.body.get("response_format") or {"type": "text"}
+    return isinstance(shape, dict) and shape.get("type") == "text"
 
 
 def _proxy(url: str) -> str | None:

@@ -31,11 +31,11 @@ HELLO = [{"role": "user", "content": "hello world"}]
 
 
 def chat(**body: Any) -> GenerateRequest:
-    return GenerateRequest("chat", "tiny", {"messages": HELLO, "max_tokens": 24, "temperature": 0, **body})
+    return GenerateRequest.of("chat", "tiny", {"messages": HELLO, "max_tokens": 24, "temperature": 0, **body})
 
 
 def completion(prompt: object, **body: Any) -> GenerateRequest:
-    return GenerateRequest("completion", "tiny", {"prompt": prompt, "max_tokens": 8, "temperature": 0, **body})
+    return GenerateRequest.of("completion", "tiny", {"prompt": prompt, "max_tokens": 8, "temperature": 0, **body})
 
 
 class Answer:

@@ -218,7 +218,7 @@ async def test_a_field_that_cannot_be_honoured_is_named(provider: LocalProvider,
 async def test_parts_that_are_not_text_are_refused(provider: LocalProvider) -> None:
     """An image in a message is a clear error, not silence."""
     image = {"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}
-    request = GenerateRequest("chat", "tiny", {"messages": [{"role": "user", "content": [image]}]})
+    request = GenerateRequest.of("chat", "tiny", {"messages": [{"role": "user", "content": [image]}]})
     with pytest.raises(BadRequest, match="not text") as caught:
         await provider.check(request)
     assert caught.value.param == "messages[0].content[0]"

@@ -1,0 +1,82 @@
+"""An answer that goes on behind what was logged: what of it is new, and what the whole of it counts. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from msgspec.structs import replace
+
+from llmstream.presets import Capabilities
+from llmstream.transcript import Transcript
+from llmstream.types import Delta, GenerateRequest, Usage
+
+
+class Continued:
+    """The rest of an answer of one choice, of which ``so_far`` was logged."""
+
+    def __init__(self, request: GenerateRequest, so_far: Transcript, can: Capabilities) -> None:
+        self.diverged = False
+        """Whether it turned out to be another answer. From there on nothing comes through."""
+        self._repeated = said_before(request, so_far, can)
+        self._position = 0
+        self._earlier = so_far if can.continue_by != "replay" else None
+        self._produced = produced_tokens(self._earlier)
+
+    def behind(self, deltas: Sequence[Delta]) -> list[Delta]:
+        """What of the next deltas is new."""
+        return list(self._new(deltas))
+
+    def _new(self, deltas: Sequence[Delta]) -> Iterator[Delta]:
+        for delta in deltas:
+            rest = delta if self._position == len(self._repeated) else self._rest(delta)
+            if self.diverged:
+                return
+            if rest is not None:
+                yield with_earlier(rest, self._earlier, self._produced) if self._earlier is not None else rest
+
+    def _rest(self, delta: Delta) -> Delta | None:
+        left = len(self._repeated) - self._position
+        known = min(left, len(delta.text))
+        same = self._repeated.startswith(delta.text[:known], self._position)
+        if not same or delta.fields is not None or (delta.finish_reason is not None and known < left):
+            self.diverged = True
+            return None
+        self._position += known
+        if known == len(delta.text) and delta.usage is None and delta.finish_reason is None:
+            return None
+        # Token ids and log probabilities of a delta that is cut in two belong to neither half.
+        return replace(delta, text=delta.text[known:], tokens=(), logprobs=None)
+
+
+def said_before(request: GenerateRequest, so_far: Transcript, can: Capabilities) -> str:
+    """What a continued answer begins with, before anything new; empty where it begins with what is new."""
+    if can.continue_by == "replay":
+        return so_far.text
+    if can.continue_by == "prefix_repeated":
+        last = request.messages[-1] if request.messages else {}
+        own = last.get("content") if last.get("role") == "assistant" else ""
+        return (own if isinstance(own, str) else "") + so_far.text
+    return ""
+
+
+def produced_tokens(so_far: Transcript | None) -> int:
+    """Tokens of an answer so far, as well as they are known; 0 when they are not."""
+    if so_far is None:
+        return 0
+    if so_far.usage is not None:
+        return so_far.usage.completion_tokens
+    first = so_far.choices.get(0)
+    logprobs = first.logprobs if first else None
+    return len(so_far.tokens) or len((logprobs or {}).get("content", ()))
+
+
+def with_earlier(delta: Delta, so_far: Transcript, produced: int) -> Delta:
+    """Counts what earlier attempts produced, which the upstream took for a part of the prompt."""
+    if delta.usage is None:
+        return delta
+    usage = Usage(
+        prompt_tokens=so_far.usage.prompt_tokens if so_far.usage else max(delta.usage.prompt_tokens - produced, 0),
+        completion_tokens=delta.usage.completion_tokens + produced,
+        details=delta.usage.details,
+    )
+    return replace(delta, usage=usage)
