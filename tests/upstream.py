@@ -59,6 +59,7 @@ class Seen:
     path: str
     headers: Mapping[str, str]
     body: dict[str, Any]
+    raw: bytes
     connection: object
     answered: bool = False
     hung_up: asyncio.Event = field(default_factory=asyncio.Event)
@@ -107,7 +108,7 @@ class Upstream:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        seen = Seen(request.path, dict(request.headers), body, request.transport)
+        seen = Seen(request.path, dict(request.headers), body, await request.read(), request.transport)
         self.requests.append(seen)
         reply = self._next_reply(body)
         try:

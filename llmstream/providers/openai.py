@@ -18,7 +18,7 @@ import openai
 
 from llmstream.config import ProviderSettings
 from llmstream.errors import ConfigError, ProviderError, UpstreamBroken, UpstreamRejected
-from llmstream.providers.abilities import check_capabilities, told
+from llmstream.providers.abilities import check_capabilities, plain_text, told
 from llmstream.providers.base import CannotContinue, Sink
 from llmstream.providers.chunks import Answer, ChunkStream, WholeAnswer
 from llmstream.providers.continuing import Continued, produced_tokens
@@ -98,7 +98,7 @@ class OpenAIProvider:
         """Structured output is not continued by prefill: what enforces its grammar begins anew behind it."""
         if self.can.continue_by == "none" or request.kind != "chat" or request.choices != 1:
             return False
-        return (so_far.empty or so_far.continuable) and (self.can.continue_by == "replay" or _plain_text(request))
+        return (so_far.empty or so_far.continuable) and (self.can.continue_by == "replay" or plain_text(request))
 
     async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
         if so_far is not None and self._reached_its_limit(request, so_far):
@@ -219,11 +219,6 @@ class OpenAIProvider:
 
     def _scrubbed(self, text: bytes) -> bytes:
         return text.replace(self._key.encode(), b"********") if self._key else text
-
-
-def _plain_text(request: GenerateRequest) -> bool:
-    shape = request.body.get("response_format") or {"type": "text"}
-    return isinstance(shape, dict) and shape.get("type") == "text"
 
 
 def _proxy(url: str) -> str | None:
