@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled", "incomplete"]
 TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled", "incomplete"})
@@ -218,6 +219,11 @@ class Job(Struct, frozen=True, omit_defaults=True):
     @property
     def lane(self) -> Lane:
         return lane_of(self.priority)
+
+    @property
+    def asked(self) -> GenerateRequest:
+        """The request as providers get it: with the name of the job."""
+        return replace(self.request, job_id=self.id)
 
 
 class JobState(Struct, frozen=True, omit_defaults=True):

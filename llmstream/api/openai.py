@@ -34,17 +34,19 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     body, raw = await read_json(request)
     schema = validate(ChatCompletionBody, body)
     disconnect = gateway.settings.disconnect
+    known = identity(request, schema.job_id, body)
     job, follower = await gateway.start(
         openai_request("chat", schema, body, raw),
         priority=schema.priority,
         session_id=schema.session_id,
         deadline_s=schema.deadline_s,
         durability=schema.durability,
-        identity=identity(request, schema.job_id, body),
+        identity=known,
         grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),
     )
     headers, stream = _headers(request, job), schema.stream
-    wire = ChatFormat(job, include_usage=schema.include_usage)
+    begins_at = await _skip_to_restart(gateway, job, follower) if known is not None and known.named else None
+    wire = ChatFormat(job, include_usage=schema.include_usage, begins_at=begins_at)
     del schema, body, raw  # a stream may be open for hours
     if stream:
         del job
@@ -115,6 +117,19 @@ async def _whole(request: web.Request, job: Job, follower: Follower, headers: di
         return web.json_response(error_body(failure), status=status, headers={**headers, "x-should-retry": "false"})
     body = msgspec.json.encode(chat_completion(job, transcript))
     return web.Response(body=body, headers={**headers, "Content-Type": "application/json; charset=utf-8"})
+
+
+async def _skip_to_restart(gateway: Gateway, job: Job, follower: Follower) -> EventId | None:
+    """A reader of a job that is not new begins where the answer last started over: what came before is void."""
+    try:
+        state = await gateway.job(job.id)
+        restart = await gateway.last_restart(job.id) if state.attempt > 1 else None
+    except BaseException:
+        follower.close()
+        raise
+    if restart is not None:
+        follower.position = EventId(restart.attempt, restart.seq - 1)
+    return restart
 
 
 def _headers(request: web.Request, job: Job) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from llmstream.errors import UpstreamBroken
 from llmstream.transcript import Transcript
@@ -72,3 +72,11 @@ class Provider(Protocol):
 
     async def health(self) -> dict[str, object]:
         """A quick look: ``{"status": "ok" | "error", …details}``; never raises."""
+
+
+@runtime_checkable
+class Lasting(Protocol):
+    """A provider whose generations may outlive the request for them."""
+
+    async def stop(self, job_id: str) -> None:
+        """Ends what still runs for a job that is over; returns soon and never raises."""

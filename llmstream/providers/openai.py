@@ -7,6 +7,7 @@ same stream read in one pass. The SDK looks at the API's health.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,15 +26,20 @@ from llmstream.providers.continuing import Continued, produced_tokens
 from llmstream.providers.http.client import Client
 from llmstream.providers.http.connection import Broken, Connection
 from llmstream.providers.http.origin import target
+from llmstream.providers.nested import UpstreamJobFailed, UpstreamJobs, is_final, name_of
 from llmstream.providers.prefill import upstream_body
 from llmstream.providers.refusals import refusal
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest, Kind, ModelInfo
 
 HEALTH_S = 2.0
+STOP_S = 5.0
 _ERROR_BODY_S = 2.0
 _ERROR_BODY_BYTES = 64 * 1024
 _PATHS: Final[dict[Kind, str]] = {"chat": "/chat/completions", "completion": "/completions"}
+
+
+logger = logging.getLogger(__name__)
 
 
 class OpenAIProvider:
@@ -57,6 +63,7 @@ class OpenAIProvider:
             urlsplit(self._root)._replace(path=self.can.continue_path).geturl() if self.can.continue_path else root
         )
         self._continued = target(f"{continued.rstrip('/')}{_PATHS['chat']}{mark}{query}")
+        self._nested = UpstreamJobs(self._root) if self.can.continue_by == "replay" else None
         self._client: Client | None = None
         self._sdk: openai.AsyncOpenAI | None = None
 
@@ -104,28 +111,46 @@ class OpenAIProvider:
         if so_far is not None and self._reached_its_limit(request, so_far):
             sink.put([Delta(finish_reason="length", usage=so_far.usage)])
             return
-        if self._client is None:
-            raise ProviderError(self._says("is not open"))
         continued = Continued(request, so_far, self.can) if so_far is not None else None
-        where = self._targets[request.kind]
-        if continued is not None and self.can.continue_by != "replay":
-            where = self._continued
         try:
-            # What is sent gets no name here: the answer may take hours.
-            async with self._client.post(
-                where, upstream_body(request, so_far, self.can), self._own_fields(request)
-            ) as response:
-                if response.status != 200:
-                    raise await self._refusal(response)
-                await self._read(response, self._answer(response, request.choices), continued, sink)
+            await self._ask(request, so_far, continued, sink)
         except Broken as error:
             raise UpstreamBroken(self._says(f"could not be reached: {error}")) from None
         except UpstreamRejected as error:
-            if continued is None or self.can.continue_by == "replay":
+            if continued is None or self._nested is not None:
                 raise
             raise CannotContinue(f"The answer cannot be continued: {error.message}") from None
         if continued is not None and continued.diverged:
             raise CannotContinue(self._says("did not repeat what it had said before it was cut"))
+
+    async def _ask(
+        self, request: GenerateRequest, so_far: Transcript | None, continued: Continued | None, sink: Sink
+    ) -> None:
+        if self._client is None:
+            raise ProviderError(self._says("is not open"))
+        name = name_of(request) if self._nested else b""
+        where = self._targets[request.kind] if continued is None or self._nested else self._continued
+        # What is sent gets no name here: the answer may take hours.
+        async with self._client.post(where, upstream_body(request, so_far, self.can), name) as response:
+            if response.status != 200:
+                raise await self._refusal(response)
+            if self._nested is not None:
+                self._nested.note(request, response)
+            await self._read(response, self._answer(response, request.choices), continued, sink)
+        if self._nested is not None and not (continued and continued.diverged):
+            self._nested.over(request)
+
+    async def stop(self, job_id: str) -> None:
+        """Tells another llmstream to end what it still runs for a job that is over. Others notice that we hung up."""
+        where = self._nested.cancelling(job_id) if self._nested is not None else None
+        if where is None or self._client is None:
+            return
+        try:
+            async with asyncio.timeout(STOP_S), self._client.post(where, b"") as response:
+                if response.status != 200:
+                    logger.warning("%s", self._says(f"answered HTTP {response.status} to a cancellation"))
+        except (Broken, TimeoutError) as error:
+            logger.warning("%s", self._says(f"could not be told to stop: {error}"))
 
     async def health(self) -> dict[str, object]:
         """Asks for the list of models."""
@@ -189,7 +214,8 @@ class OpenAIProvider:
         except Broken as error:
             answer.cut(f"broke the connection off: {error}")
         if answer.failure is not None:
-            raise UpstreamBroken(self._says(answer.failure))
+            final = self._nested is not None and is_final(answer.complaint)
+            raise (UpstreamJobFailed if final else UpstreamBroken)(self._says(answer.failure))
 
     async def _refusal(self, response: Connection) -> ProviderError:
         body = bytearray()
@@ -207,12 +233,6 @@ class OpenAIProvider:
         if self.can.continue_by == "replay" or request.max_tokens is None:
             return False
         return request.max_tokens <= produced_tokens(so_far)
-
-    def _own_fields(self, request: GenerateRequest) -> bytes:
-        """Another llmstream knows the job by our name for it, however often and from wherever it is asked."""
-        if self.can.continue_by != "replay" or request.job_id is None:
-            return b""
-        return b"Idempotency-Key: %b\r\n" % request.job_id.encode()
 
     def _says(self, what: str) -> str:
         return self._scrubbed(f"The provider {self.name!r} {what}".encode()).decode()

@@ -42,8 +42,10 @@ _any = msgspec.json.decode
 
 def upstream_body(request: GenerateRequest, so_far: Transcript | None, can: Capabilities) -> bytes:
     """The body as it came, without what was meant for us, as a stream; to go on behind ``so_far``."""
-    body = _members(request.raw)
+    body, nested = _members(request.raw), can.continue_by == "replay"
     for key in body.keys() & _EXTENSIONS.keys():
+        if key == "echo" and nested:
+            continue
         value = _any(body[key])
         if value is None or isinstance(value, _EXTENSIONS[key]):
             del body[key]
@@ -51,7 +53,7 @@ def upstream_body(request: GenerateRequest, so_far: Transcript | None, can: Capa
         body["model"] = Raw(encode(request.model))
     body["stream"] = _TRUE
     _ask_for_usage(body, can)
-    if can.continue_by == "replay":
+    if nested:
         body["on_disconnect"] = _SURVIVES
     elif so_far is not None:
         _continue(body, so_far, can)

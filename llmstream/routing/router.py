@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llmstream.errors import BadRequest, ModelNotFound
-from llmstream.providers.base import Provider
+from llmstream.providers.base import Lasting, Provider
 from llmstream.types import GenerateRequest, ModelInfo
 
 ANY = "*"
@@ -54,6 +54,12 @@ class Router:
             f"The model {request.model!r} does not exist here. {hint}Available: {', '.join(sorted(names)) or 'none'}.",
             param="model",
         )
+
+    async def stop(self, job_id: str) -> None:
+        """Ends what providers still run for a job that is over."""
+        for provider in self.providers:
+            if isinstance(provider, Lasting):
+                await provider.stop(job_id)
 
     def _candidates(self, request: GenerateRequest) -> Sequence[Provider]:
         if request.provider is None:

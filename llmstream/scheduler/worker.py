@@ -17,7 +17,7 @@ from llmstream.errors import (
     StoreUnavailable,
     UpstreamBroken,
 )
-from llmstream.providers.base import Provider
+from llmstream.providers.base import CannotContinue, Provider
 from llmstream.routing.router import Router
 from llmstream.scheduler.intake import EVENT_BYTES, Intake
 from llmstream.store.jobs import Begun, Jobs
@@ -82,6 +82,7 @@ class Worker:
         self._interruption: LLMStreamError | None = None
         self._scope: asyncio.Task[Any] | None = None
         self._continuable = True
+        self._answered = False
         self._intake: Intake | None = None
 
     async def run(self) -> Result:
@@ -89,6 +90,12 @@ class Worker:
 
         Raises StoreUnavailable when the store stays away for too long.
         """
+        result = await self._run()
+        if result != "release" and not self._answered:
+            await self._router.stop(self.job_id)
+        return result
+
+    async def _run(self) -> Result:
         while True:
             started = Started(replica=self._replica, at=self._clock())
             begun = await self._jobs.begin(self.job_id, started, self._max_attempts, self.claim)
@@ -171,7 +178,7 @@ class Worker:
         return "dead" if state is not None and state.dead else "done"
 
     async def _generate(self, begun: Begun, writer: AnyWriter) -> Finished:
-        request = begun.job.request
+        request = begun.job.asked
         provider = self._router.target(request).provider
         self._intake = Intake(writer, asyncio.get_running_loop().time)
         transcript = await self._history(begun)
@@ -188,7 +195,13 @@ class Worker:
             else:
                 writer.append(Restart("the earlier attempt cannot be continued"), EVENT_BYTES)
         self._continuable = provider.can_continue(request, so_far or _BARELY_BEGUN)
-        await provider.generate(request, so_far, self._intake)
+        try:
+            await provider.generate(request, so_far, self._intake)
+        except CannotContinue as error:
+            logger.warning("the answer starts over: %s", error.message, extra={"job_id": self.job_id})
+            writer.append(Restart("the earlier attempt cannot be continued"), EVENT_BYTES)
+            await provider.generate(request, None, self._intake)
+        self._answered = True
         if len(self._intake.reasons) < request.choices:
             raise UpstreamBroken("The model's stream ended before the answer did.")
         return self._finished(self._intake.usage, self._intake.reasons)
