@@ -238,6 +238,15 @@ class ProviderSettings(Section):
         return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else names
 
 
+class PriceSettings(Section):
+    input: Annotated[float, Field(ge=0)]
+    """Price of a million tokens of prompt, in any currency."""
+    output: Annotated[float, Field(ge=0)]
+    """Price of a million tokens of answer."""
+    cached: Annotated[float, Field(ge=0)] | None = None
+    """Price of a million tokens of prompt that the API had in its cache; None: like others."""
+
+
 class LoggingSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severe messages to write."""
@@ -267,6 +276,8 @@ class Settings(Section):
     """Local models by the name clients ask for. With neither models nor providers, ``smollm2`` is served."""
     providers: dict[str, ProviderSettings] = {}
     """Remote APIs by name."""
+    prices: dict[str, PriceSettings] = {}
+    """What tokens cost, by ``PROVIDER/MODEL``, ``MODEL`` or ``PROVIDER/*``."""
     logging: LoggingSettings = LoggingSettings()
 
     @property
@@ -284,7 +295,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if problems := list(_contradictions(self)):
+        if problems := [*_contradictions(self), *_incomplete(self)]:
             raise ValueError("\n".join(problems))
         return self
 
@@ -331,10 +342,6 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         )
     if "remote" in settings.models:
         yield "models.remote: this name stands for the pool of all remote providers; choose another"
-    for name, provider in settings.providers.items():
-        if provider.url(name) is None:
-            meaning = "Root of an OpenAI-compatible API, for example https://api.openai.com/v1"
-            yield f"providers.{name}.base_url is required: {meaning}; or say which API it is with preset"
     for name in sorted(settings.models.keys() & settings.providers.keys()):
         yield f"models.{name}, providers.{name}: a local model and a provider share this name; rename one"
     for name in [*settings.models, *settings.providers]:
@@ -343,6 +350,16 @@ def _contradictions(settings: Settings) -> Iterator[str]:
                 f"models, providers: the name {name[:80]!r} is not allowed; expected up to 128 letters, digits and "
                 ". _ : / - that begin with a letter or digit"
             )
+
+
+def _incomplete(settings: Settings) -> Iterator[str]:
+    for name, provider in settings.providers.items():
+        if provider.url(name) is None:
+            meaning = "Root of an OpenAI-compatible API, for example https://api.openai.com/v1"
+            yield f"providers.{name}.base_url is required: {meaning}; or say which API it is with preset"
+    for name in settings.prices:
+        if not NAME_PATTERN.fullmatch(name.removesuffix("/*")):
+            yield f"prices: the name {name[:80]!r} is not allowed; expected PROVIDER/MODEL, MODEL or PROVIDER/*"
 
 
 def store_urls(url: str) -> list[str]:

@@ -18,7 +18,9 @@ from llmstream.duplicates import Duplicates, Identity
 from llmstream.errors import BadRequest, Conflict, NotFound, Overloaded, ShuttingDown, StoreUnavailable
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
+from llmstream.providers.tokens import Tokenizer
 from llmstream.routing.router import Router
+from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.audience import MemorySeat, Seat
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.follower import Follower
@@ -386,8 +388,18 @@ async def open_gateway(
             stack.push_async_callback(provider.close)
             await provider.open()
         router = Router(providers)
+        tokenizer = Tokenizer()
+        if settings.providers:  # what runs here counts by itself
+            await tokenizer.open()
+        accounts = Accounts(settings.prices, tokenizer)
         scheduler = Scheduler(
-            store, router, replica, settings=settings.scheduler, deadlines=settings.deadlines, clock=clock
+            store,
+            router,
+            replica,
+            settings=settings.scheduler,
+            deadlines=settings.deadlines,
+            clock=clock,
+            accounts=accounts,
         )
         await scheduler.open()
         gateway = Gateway(settings, store, router, scheduler, clock)

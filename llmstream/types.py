@@ -72,7 +72,9 @@ class Usage(Struct, frozen=True, omit_defaults=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     details: dict[str, Any] | None = None
-    """Further fields of an upstream's usage object, verbatim."""
+    """Further fields of an upstream's usage object, verbatim; ``estimated`` where the tokens were counted here."""
+    cost: float | None = None
+    """By the price table of the settings, in its currency."""
 
     @property
     def total_tokens(self) -> int:

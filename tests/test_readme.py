@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmstream.config import describe
+from llmstream.config import describe, load
 from llmstream.presets import PRESETS, Preset
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +49,12 @@ def test_the_table_of_providers_is_complete() -> None:
     start = README.index("<!-- providers: ")
     table = README[start : README.index("<!-- /providers -->")].split("-->\n", 1)[1].strip()
     assert table == providers_table()
+
+
+def test_the_example_of_prices_is_read() -> None:
+    """The example file of prices is a configuration as it stands."""
+    prices = load(ROOT / "examples" / "prices.yaml", {}).prices
+    assert prices["openrouter/*"].output == 6
 
 
 def test_ci_runs_the_readme_command() -> None:

@@ -174,12 +174,13 @@ def completion_id(job: Job) -> str:
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
-    return {
+    body = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
         **(usage.details or {}),
     }
+    return body if usage.cost is None else {**body, "cost": usage.cost}
 
 
 def chat_completion(job: Job, transcript: Transcript) -> dict[str, Any]:

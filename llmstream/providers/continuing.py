@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from msgspec.structs import replace
 
 from llmstream.presets import Capabilities
+from llmstream.providers.tokens import estimated
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest, Usage
 
@@ -21,6 +22,9 @@ class Continued:
         self._position = 0
         self._earlier = so_far if can.continue_by != "replay" else None
         self._produced = produced_tokens(self._earlier)
+        self._estimated = not self._produced and so_far.text != ""
+        if self._estimated:
+            self._produced = estimated(so_far.text)
 
     def behind(self, deltas: Sequence[Delta]) -> list[Delta]:
         """What of the next deltas is new."""
@@ -32,7 +36,17 @@ class Continued:
             if self.diverged:
                 return
             if rest is not None:
-                yield with_earlier(rest, self._earlier, self._produced) if self._earlier is not None else rest
+                yield (
+                    rest
+                    if rest.usage is None or self._earlier is None
+                    else self._whole(rest, rest.usage, self._earlier)
+                )
+
+    def _whole(self, delta: Delta, usage: Usage, earlier: Transcript) -> Delta:
+        """Counts what earlier attempts produced, which the upstream took for a part of the prompt."""
+        prompt = earlier.usage.prompt_tokens if earlier.usage else max(usage.prompt_tokens - self._produced, 0)
+        details = {**(usage.details or {}), "estimated": True} if self._estimated else usage.details
+        return replace(delta, usage=Usage(prompt, usage.completion_tokens + self._produced, details))
 
     def _rest(self, delta: Delta) -> Delta | None:
         left = len(self._repeated) - self._position
@@ -68,15 +82,3 @@ def produced_tokens(so_far: Transcript | None) -> int:
     first = so_far.choices.get(0)
     logprobs = first.logprobs if first else None
     return len(so_far.tokens) or len((logprobs or {}).get("content", ()))
-
-
-def with_earlier(delta: Delta, so_far: Transcript, produced: int) -> Delta:
-    """Counts what earlier attempts produced, which the upstream took for a part of the prompt."""
-    if delta.usage is None:
-        return delta
-    usage = Usage(
-        prompt_tokens=so_far.usage.prompt_tokens if so_far.usage else max(delta.usage.prompt_tokens - produced, 0),
-        completion_tokens=delta.usage.completion_tokens + produced,
-        details=delta.usage.details,
-    )
-    return replace(delta, usage=usage)

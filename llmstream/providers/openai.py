@@ -15,6 +15,7 @@ from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+import msgspec
 import openai
 
 from llmstream.config import ProviderSettings
@@ -227,7 +228,8 @@ class OpenAIProvider:
         with suppress(Broken, TimeoutError):
             async with asyncio.timeout(_ERROR_BODY_S):
                 await response.read(take)
-        return refusal(response.status, response.headers, self._scrubbed(bytes(body)), provider=self.name)
+        said = self._scrubbed(_unescaped(bytes(body)))
+        return refusal(response.status, response.headers, said, provider=self.name)
 
     def _reached_its_limit(self, request: GenerateRequest, so_far: Transcript) -> bool:
         if self.can.continue_by == "replay" or request.max_tokens is None:
@@ -239,6 +241,14 @@ class OpenAIProvider:
 
     def _scrubbed(self, text: bytes) -> bytes:
         return text.replace(self._key.encode(), b"********") if self._key else text
+
+
+def _unescaped(body: bytes) -> bytes:
+    """JSON without needless escapes, in which a key could hide."""
+    try:
+        return msgspec.json.encode(msgspec.json.decode(body))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return body
 
 
 def _proxy(url: str) -> str | None:

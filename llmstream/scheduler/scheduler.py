@@ -21,6 +21,7 @@ from llmstream.errors import (
     StoreUnavailable,
 )
 from llmstream.routing.router import REMOTE, Router
+from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.audience import Audience
 from llmstream.scheduler.line import Line
 from llmstream.scheduler.worker import Worker
@@ -98,8 +99,10 @@ class Scheduler:
         settings: SchedulerSettings,
         deadlines: DeadlineSettings,
         clock: Clock,
+        accounts: Accounts | None = None,
     ) -> None:
         self.replica = replica
+        self._accounts = accounts
         self._store = store
         self._router = router
         self._settings = settings
@@ -267,6 +270,7 @@ class Scheduler:
             deadlines=self._deadlines,
             max_attempts=self._settings.max_attempts,
             clock=self._clock,
+            accounts=self._accounts,
         )
         pool.running[job_id] = worker
         task = asyncio.create_task(self._work(pool, worker), name=f"job-{name}-{job_id}")

@@ -18,7 +18,9 @@ from llmstream.errors import (
     UpstreamBroken,
 )
 from llmstream.providers.base import CannotContinue, Provider
+from llmstream.providers.tokens import Tokenizer
 from llmstream.routing.router import Router
+from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.intake import EVENT_BYTES, Intake
 from llmstream.store.jobs import Begun, Jobs
 from llmstream.store.log import Log
@@ -68,6 +70,7 @@ class Worker:
         deadlines: DeadlineSettings,
         max_attempts: int,
         clock: Clock,
+        accounts: Accounts | None = None,
     ) -> None:
         self.job_id = job_id
         self.claim = claim
@@ -78,6 +81,7 @@ class Worker:
         self._deadlines = deadlines
         self._max_attempts = max_attempts
         self._clock = clock
+        self._accounts = accounts or Accounts({}, Tokenizer())
         self._begun: Begun | None = None
         self._interruption: LLMStreamError | None = None
         self._scope: asyncio.Task[Any] | None = None
@@ -189,7 +193,8 @@ class Worker:
         so_far: Transcript | None = None
         if transcript is not None and not transcript.empty:
             if self._complete(transcript, begun.job):
-                return self._finished(transcript.usage, _reasons(transcript))
+                usage = await self._settled(writer, transcript.usage, begun.job, provider)
+                return self._finished(usage, _reasons(transcript))
             if transcript.continuable and provider.can_continue(request, transcript):
                 so_far = transcript
             else:
@@ -204,7 +209,22 @@ class Worker:
         self._answered = True
         if len(self._intake.reasons) < request.choices:
             raise UpstreamBroken("The model's stream ended before the answer did.")
-        return self._finished(self._intake.usage, self._intake.reasons)
+        usage = await self._settled(writer, self._intake.usage, begun.job, provider)
+        return self._finished(usage, self._intake.reasons)
+
+    async def _settled(self, writer: AnyWriter, usage: Usage | None, job: Job, provider: Provider) -> Usage:
+        """What the whole answer used and costs, also where nobody told."""
+        if usage is None:
+            await writer.flush()
+            usage = await self._accounts.counted(job.request, await self._logged(self.job_id))
+        return self._accounts.priced(usage, provider.name, job.request.model)
+
+    async def _logged(self, job_id: str) -> Transcript:
+        transcript = Transcript()
+        while entries := await self._log.read(job_id, transcript.position):
+            for entry in entries:
+                transcript.extend(entry.payloads, entry.last)
+        return transcript
 
     async def _history(self, begun: Begun) -> Transcript | None:
         """The answer as earlier attempts left it. The log is fenced by now, so it cannot grow any more."""
