@@ -32,6 +32,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
         ("mine", None, "http://[::1]:1234/v1", "lmstudio"),
         ("mine", None, "http://localhost:8000/v1", "other"),
         ("mine", None, "https://not-api.groq.com.evil.example/v1", "other"),
+        ("mine", None, "https://evilapi.openai.com/v1", "other"),
         ("mine", None, "https://[broken/v1", "other"),
         ("openai", None, "https://proxy.example/v1", "openai"),
         ("mine", None, None, "other"),
