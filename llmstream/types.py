@@ -5,6 +5,7 @@ A generation is a *job*; a job is a *log* of events. Everything a client ever se
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -164,8 +165,9 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, kw_only=True, dic
 
     @classmethod
     def of(cls, kind: Kind, model: str, body: Mapping[str, Any], provider: str | None = None) -> GenerateRequest:
-        """A request with a body that is not JSON yet."""
-        return cls(kind=kind, model=model, raw=msgspec.Raw(encode(body)), provider=provider)
+        """A request with a body that is not JSON yet. Raises ValueError for what JSON cannot hold."""
+        raw = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        return cls(kind=kind, model=model, raw=msgspec.Raw(raw), provider=provider)
 
     @cached_property
     def body(self) -> dict[str, Any]:
