@@ -16,7 +16,11 @@ from llmstream.errors import ConfigError
 
 PREFIX = "LLMSTREAM_"
 CONFIG_VARIABLE = "LLMSTREAM_CONFIG"
-ALIASES: Mapping[str, Key] = {"REDIS_URL": ("store", "url"), "PORT": ("server", "port")}
+ALIASES: Mapping[str, Key] = {
+    "REDIS_URL": ("store", "url"),
+    "PORT": ("server", "port"),
+    "OTEL_EXPORTER_OTLP_ENDPOINT": ("telemetry", "otlp_endpoint"),
+}
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from llmstream.config import LoggingSettings
 from llmstream.config_schema import MASK
+from llmstream.telemetry.origin import ORIGIN
 
 ROOT = "llmstream"
 
@@ -67,8 +68,7 @@ def setup_logging(settings: LoggingSettings, **context: str | int) -> None:
     for handler in [handler for handler in logger.handlers if isinstance(handler, _Handler)]:
         logger.removeHandler(handler)
     handler = _Handler(sys.stderr)
-    if context:
-        handler.addFilter(_Context(context))
+    handler.addFilter(_Context(context))
     handler.setFormatter(JsonFormatter() if settings.format == "json" else ConsoleFormatter())
     logger.addHandler(handler)
     logger.setLevel(settings.level)
@@ -98,14 +98,20 @@ class _Handler(logging.StreamHandler[Any]):
 
 
 class _Context(logging.Filter):
-    """Gives every record the same further fields."""
+    """Gives every record the same further fields, and the ids of the request and the job that it is about."""
 
     def __init__(self, context: Mapping[str, str | int]) -> None:
         super().__init__()
         self._context = context
 
     def filter(self, record: logging.LogRecord) -> bool:
-        vars(record).update(self._context)
+        known = vars(record)
+        known.update(self._context)
+        origin = ORIGIN.get()
+        if origin.request_id is not None:
+            known.setdefault("request_id", origin.request_id)
+        if origin.job_id is not None:
+            known.setdefault("job_id", origin.job_id)
         return True
 
 
