@@ -17,8 +17,5 @@ async def metrics(request: web.Request) -> web.Response:
     observer = request.app[GATEWAY].observer
     known = {metric.name: metric for metric in observer.metrics}
     snapshot = merged(await observer.gather(), known)
-    try:
-        body, content_type = exposition(snapshot, known, request.headers.get("Accept", ""))
-    except ValueError:  # no sensible version of the format is asked for
-        body, content_type = exposition(snapshot, known, "")
+    body, content_type = exposition(snapshot, known, request.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})

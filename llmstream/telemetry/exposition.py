@@ -14,9 +14,13 @@ from llmstream.telemetry.snapshot import Family, Series, Snapshot
 
 
 def exposition(snapshot: Snapshot, metrics: Mapping[str, Metric], accept: str) -> tuple[bytes, str]:
-    """The text and its content type. Raises ValueError when ``accept`` is none."""
-    encode, content_type = choose_encoder(accept)
-    return encode(_Values(snapshot, metrics)), content_type
+    """The text and its content type."""
+    values = _Values(snapshot, metrics)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # it does not expect versions that are none
+        encode, content_type = choose_encoder("")
+    return encode(values), content_type
 
 
 class _Values(Collector):
