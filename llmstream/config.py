@@ -197,12 +197,12 @@ class LoggingSettings(Section):
     """Least severe messages to write."""
     format: Literal["console", "json"] = "console"
     """Lines for people, or one JSON object for each message."""
-    requests: bool | None = None
-    """Whether each HTTP request is a line of level INFO; None: where the format is ``json``."""
+    requests: Literal["json", "always", "never"] = "json"
+    """When each HTTP request is a line of level INFO; ``json``: where that is the format."""
 
     @property
     def request_lines(self) -> bool:
-        return self.format == "json" if self.requests is None else self.requests
+        return self.requests == "always" or (self.requests == "json" and self.format == "json")
 
     @field_validator("level", mode="before")
     @classmethod
