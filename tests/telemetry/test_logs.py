@@ -106,6 +106,10 @@ def test_lines_know_the_request_and_the_job_that_they_are_about(capsys: pytest.C
         "api_key=hunter2-hunter2",
         '{"password": "hunter2-hunter2"}',
         "key sk-hunter2-hunter2 refused",
+        "REDISS://USER:hunter2-hunter2@HOST:6379/0",
+        "AUTHORIZATION: BASIC hunter2-hunter2",
+        "Access-Token: hunter2-hunter2",
+        "CLIENT_SECRET='hunter2-hunter2'",
     ],
 )
 @pytest.mark.parametrize("form", ["console", "json"])
