@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +190,7 @@ async def test_what_clients_send_never_becomes_a_label(tmp_path: Path) -> None:
         async with Server(settings) as server, aiohttp.ClientSession(server.url) as http:
 
             async def unknown(name: str) -> None:
-                for method, path in (("GET", f"/{name}"), (f"X{name}", "/health"), ("GET", f"/chat/{name}")):
+                for method, path in (("GET", f"/{name}"), ("PROPFIND", "/health"), ("GET", f"/chat/{name}")):
                     async with http.request(method, path) as response:
                         await response.read()
                 async with http.post(CHAT, json=conversation(model=name) | {"model": name}) as response:
@@ -199,7 +201,7 @@ async def test_what_clients_send_never_becomes_a_label(tmp_path: Path) -> None:
             for number in range(1, 40):
                 await unknown(f"marker{number}")
             after = await scrape(http)
-    assert not [value for value in after.label_values() if "marker" in value.lower()]
+    assert not [value for value in after.label_values() if "marker" in value.lower() or value == "PROPFIND"]
     assert after.samples.keys() - before.samples.keys() <= _metrics_route(after)
     assert after.value("tokens_generated_total", model="other") == 3 * 40
 
@@ -250,6 +252,23 @@ async def test_process_time_and_memory_stand_in_the_headers(tmp_path: Path, want
                 if wanted:
                     assert 10 < float(response.headers["X-Memory-Used"]) < 10_000
                     assert abs(float(response.headers["X-Memory-Delta"])) < 1_000
+
+
+async def test_a_scrape_waits_for_a_silent_store_only_for_a_moment(tmp_path: Path) -> None:
+    """A store that does not answer costs the scrape its own deadline, not that of the store's commands."""
+    settings = echo_settings(tmp_path, store={"timeout_s": 60})
+    async with Server(settings) as server, aiohttp.ClientSession(server.url) as http:
+        embedded = server.gateway._store.embedded
+        assert embedded is not None
+        assert embedded.pid is not None
+        os.kill(embedded.pid, signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(20):
+                found = await scrape(http)
+        finally:
+            os.kill(embedded.pid, signal.SIGCONT)
+        assert "llmstream_jobs_waiting{" not in found.text
+        assert found.value("llmstream_slots", pool="echo") == 4
 
 
 async def test_a_scrape_does_not_wait_for_a_store_that_is_away(tmp_path: Path) -> None:

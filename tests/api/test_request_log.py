@@ -143,16 +143,17 @@ async def test_planted_secrets_show_up_nowhere(tmp_path: Path, capsys: pytest.Ca
     answers: list[str] = []
     async with Upstream() as upstream:
         upstream.models["up"] = Reply(status=401, body={"error": {"message": f"Incorrect API key: {SECRET}"}})
+        upstream.models["refused"] = Reply(status=400, body={"error": {"message": f"{SECRET} may not do this"}})
         upstream.models["broken"] = Reply(fault="reset", at=1)
         providers = {
             "up": ProviderSettings.model_validate(
-                {"base_url": upstream.url, "api_key": SECRET, "models": ["up", "broken"]}
+                {"base_url": upstream.url, "api_key": SECRET, "models": ["up", "broken", "refused"]}
             )
         }
         settings = echo_settings(tmp_path, logging=talkative, providers=providers)
         async with Server(settings) as server, aiohttp.ClientSession(server.url) as http:
             sent = {"Authorization": f"Bearer {SECRET}", "X-API-Key": SECRET, "Cookie": f"session={SECRET}"}
-            for model in ("echo", "up", "broken", "unknown"):
+            for model in ("echo", "up", "broken", "refused", "unknown"):
                 for stream in (True, False):
                     body = conversation(stream=stream) | {"model": model}
                     async with http.post(CHAT, json=body, headers=sent) as response:

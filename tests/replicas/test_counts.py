@@ -57,10 +57,11 @@ async def test_whoever_is_scraped_shows_the_exact_totals_of_all(tmp_path: Path) 
         assert counts(await scraped(service, names[0])) == (10, 50)
 
         before = set(await service.replicas())
+        await ask(service, names[0], 2)  # which nobody has scraped when its worker ends
         service.process.send_signal(signal.SIGUSR2)
         await wait_until(lambda: replaced(service, before), timeout=60)
         found = await scraped(service, (await service.replicas())[0])
-        assert counts(found) == (10, 50)
+        assert counts(found) == (12, 60)
         assert found.value("llmstream_processes") == 3
 
 
