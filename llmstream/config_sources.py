@@ -16,11 +16,7 @@ from llmstream.errors import ConfigError
 
 PREFIX = "LLMSTREAM_"
 CONFIG_VARIABLE = "LLMSTREAM_CONFIG"
-ALIASES: Mapping[str, Key] = {
-    "REDIS_URL": ("store", "url"),
-    "PORT": ("server", "port"),
-    "OTEL_EXPORTER_OTLP_ENDPOINT": ("telemetry", "otlp_endpoint"),
-}
+ALIASES: Mapping[str, Key] = {"REDIS_URL": ("store", "url"), "PORT": ("server", "port")}
 
 Model = TypeVar("Model", bound=BaseModel)
 

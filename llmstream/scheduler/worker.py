@@ -201,6 +201,7 @@ class Worker:
         if begun.job.continues is not None and (transcript is None or transcript.empty):
             transcript = await self._inherit(begun.job.continues, begun.job, provider, writer)
         so_far: Transcript | None = None
+        seen.fresh = transcript is None or transcript.empty
         if transcript is not None and not transcript.empty:
             if self._complete(transcript, begun.job):
                 return self._finished(transcript.usage, _reasons(transcript))

@@ -133,6 +133,8 @@ class Attempt:
         self.provider = "none"
         """Whom it was asked of."""
         self.first_token_at: float | None = None
+        self.fresh = True
+        """Whether no earlier attempt brought a token."""
         self.earlier_tokens = 0
         """Of the answer's tokens, those of earlier attempts."""
         self._observer = observer
@@ -143,7 +145,7 @@ class Attempt:
     def got_token(self) -> None:
         """The first token is here."""
         self.first_token_at = time.time()
-        if self.number == 1:
+        if self.fresh:
             waited = max(0.0, self.first_token_at - self.job.created_at)
             self._observer.metrics.first_token.of(self._model).add(waited)
 

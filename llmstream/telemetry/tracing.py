@@ -139,7 +139,7 @@ class Tracing:
         self._duration.record(max(0.0, now - attempt.at), common)
         if attempt.first_token_at is not None:
             self._first_chunk.record(max(0.0, attempt.first_token_at - attempt.at), common)
-            if attempt.number == 1:
+            if attempt.fresh:
                 self._first_token.record(max(0.0, attempt.first_token_at - job.created_at), common)
         if outcome in {"completed", "incomplete", "failed", "cancelled"}:
             self._served.record(max(0.0, now - job.created_at), common)

@@ -127,6 +127,29 @@ async def test_attempts_are_counted_by_outcome(
     assert found.total("llmstream_takeovers_total") == 0
 
 
+@pytest.mark.parametrize(("at", "attempt"), [(0, "second"), (2, "first")])
+async def test_the_first_token_is_counted_once(
+    http: aiohttp.ClientSession, server: Server, at: int, attempt: str
+) -> None:
+    """Whichever attempt brings it, a job has one first token, which came when a client could first see one."""
+    job = await submit(http, echo={"tokens": 3, "fault": "cut", "at": at, "attempts": 1})
+    await finished(server, job["task_id"])
+    found = await scrape(http)
+    assert found.value("llmstream_time_to_first_token_seconds_count", model="echo") == 1
+    retried_s = 0.2
+    assert (found.value("llmstream_time_to_first_token_seconds_sum", model="echo") > retried_s) == (attempt == "second")
+
+
+async def test_a_job_that_is_handed_over_is_no_failure(tmp_path: Path) -> None:
+    """A replica that shuts down counts the attempts that others go on with as handed over."""
+    async with Server(echo_settings(tmp_path)) as server, aiohttp.ClientSession(server.url) as http:
+        job = await submit(http, echo={"tokens": 300, "delay_ms": 10})
+        await wait_until(lambda: _tokens_logged(server, job["task_id"], 1))
+        observer = server.gateway.observer
+    ended = {series.labels: series.value for series in observer.metrics.attempts.read()}
+    assert ended == {("echo", "echo", "handed_over"): 1}
+
+
 async def test_a_cancelled_job_counts_what_it_generated(http: aiohttp.ClientSession, server: Server) -> None:
     """A job that is cancelled half-way ends one attempt as cancelled, with the tokens that came until then."""
     job = await submit(http, echo={"tokens": 5, "fault": "stall", "at": 3})
@@ -140,7 +163,7 @@ async def test_a_cancelled_job_counts_what_it_generated(http: aiohttp.ClientSess
 
 
 async def _tokens_logged(server: Server, job_id: str, count: int) -> bool:
-    return len((await server.gateway.transcript(job_id)).tokens) == count
+    return len((await server.gateway.transcript(job_id)).tokens) >= count
 
 
 async def test_resumes_are_counted_by_protocol(http: aiohttp.ClientSession) -> None:
@@ -165,7 +188,7 @@ async def test_takeovers_and_fenced_writes_are_counted(tmp_path: Path) -> None:
         settings = echo_settings(tmp_path / "new", store={"url": old.gateway._store.url})
         async with aiohttp.ClientSession(old.url) as http:
             job = await submit(http, echo={"tokens": 300, "delay_ms": 10})
-            await wait_until(lambda: old.gateway._scheduler.running == 1)
+            await wait_until(lambda: _tokens_logged(old, job["task_id"], 1))
             async with Server(settings) as new, aiohttp.ClientSession(new.url) as other:
                 # What happens to the claims of a replica that is silent for too long.
                 await old.gateway._scheduler.pools["echo"].lanes.leave(old.gateway.replica)
