@@ -58,27 +58,25 @@ async def observed(request: web.Request, handler: Handler) -> web.StreamResponse
     if gateway.settings.telemetry.memory_headers:
         request[_MEMORY] = resident_bytes()
     tracing = gateway.observer.tracing
-    if tracing is None:
-        return await _see(request, handler, gateway)
-    with tracing.request(request.method, endpoint(request), request.headers) as span:
-        response = await _see(request, handler, gateway)
-        tracing.answered(span, response.status)
-        return response
-
-
-async def _see(request: web.Request, handler: Handler, gateway: Gateway) -> web.StreamResponse:
-    status = CLIENT_LEFT
     response: web.StreamResponse | None = None
     try:
-        response = await handler(request)
-        status = response.status
+        if tracing is None:
+            response = await handler(request)
+        else:
+            with tracing.request(request.method, endpoint(request), request.headers) as span:
+                response = await handler(request)
+                tracing.answered(span, response.status)
         return response
     finally:
-        seconds = time.perf_counter() - request[STARTED]
-        route = endpoint(request)
-        gateway.observer.requested(request.method, route, status, seconds, request.get(UPSTREAM_S))
-        if gateway.settings.logging.request_lines:
-            _log(request, response, route, status, seconds)
+        _note(request, response, gateway)
+
+
+def _note(request: web.Request, response: web.StreamResponse | None, gateway: Gateway) -> None:
+    status = response.status if response is not None else CLIENT_LEFT
+    route, seconds = endpoint(request), time.perf_counter() - request[STARTED]
+    gateway.observer.requested(request.method, route, status, seconds, request.get(UPSTREAM_S))
+    if gateway.settings.logging.request_lines:
+        _log(request, response, route, status, seconds)
 
 
 def _log(request: web.Request, response: web.StreamResponse | None, route: str, status: int, seconds: float) -> None:

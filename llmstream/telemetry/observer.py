@@ -125,6 +125,21 @@ async def open_tracing(settings: TelemetrySettings, replica: str) -> AsyncIterat
 class Attempt:
     """One execution of a job as it is seen from outside."""
 
+    __slots__ = (
+        "_gaps",
+        "_model",
+        "_observer",
+        "_over",
+        "at",
+        "earlier_tokens",
+        "first_token_at",
+        "fresh",
+        "job",
+        "number",
+        "provider",
+        "replica",
+    )
+
     def __init__(self, observer: Observer, job: Job, number: int, replica: str, at: float) -> None:
         self.job = job
         self.number = number
