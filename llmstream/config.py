@@ -252,11 +252,35 @@ class LoggingSettings(Section):
     """Least severe messages to write."""
     format: Literal["console", "json"] = "console"
     """Lines for people, or one JSON object for each message."""
+    requests: Literal["json", "always", "never"] = "json"
+    """When each HTTP request is a line of level INFO; ``json``: where that is the format."""
+
+    @property
+    def request_lines(self) -> bool:
+        return self.requests == "always" or (self.requests == "json" and self.format == "json")
 
     @field_validator("level", mode="before")
     @classmethod
     def _any_case(cls, level: Any) -> Any:
         return level.upper() if isinstance(level, str) else level
+
+
+class TelemetrySettings(Section):
+    otlp_endpoint: str | None = None
+    """OpenTelemetry collector that gets traces and GenAI metrics over OTLP/HTTP, for example ``http://localhost:4318``
+    (extra ``otel``). The standard ``OTEL_*`` variables say the rest."""
+    memory_headers: bool = False
+    """Whether responses bear ``X-Memory-Used`` and ``X-Memory-Delta``, in MB."""
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _http_url(cls, url: str | None) -> str | None:
+        parts = _split(url) if url is not None else None
+        if url is not None and not (parts and parts.scheme in ("http", "https") and parts.hostname):
+            raise ValueError("an http:// or https:// URL with a host, for example http://localhost:4318")
+        if parts is not None and parts.username is not None:
+            raise ValueError("a URL without user and password; OTEL_EXPORTER_OTLP_HEADERS takes what authenticates")
+        return url
 
 
 class Settings(Section):
@@ -279,6 +303,7 @@ class Settings(Section):
     prices: dict[str, PriceSettings] = {}
     """What tokens cost, by ``PROVIDER/MODEL``, ``MODEL`` or ``PROVIDER/*``."""
     logging: LoggingSettings = LoggingSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     @property
     def authenticated(self) -> bool:

@@ -22,6 +22,7 @@ from llmstream.providers.tokens import Tokenizer
 from llmstream.routing.router import Router
 from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.audience import MemorySeat, Seat
+from llmstream.scheduler.gauges import watch_pools
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.follower import Follower
 from llmstream.store.lanes import Census, Lanes, Standing
@@ -29,6 +30,8 @@ from llmstream.store.memory import in_memory
 from llmstream.store.readers import NOBODY, Lease
 from llmstream.store.repeats import digest
 from llmstream.store.store import Store, open_store
+from llmstream.telemetry.observer import Observer, open_tracing
+from llmstream.telemetry.origin import ORIGIN
 from llmstream.transcript import Transcript
 from llmstream.types import (
     BEGINNING,
@@ -56,10 +59,17 @@ class Gateway:
     """Accepts jobs, reads their logs, ends them. Does not know HTTP, and does not know models."""
 
     def __init__(
-        self, settings: Settings, store: Store, router: Router, scheduler: Scheduler, clock: Clock = time.time
+        self,
+        settings: Settings,
+        store: Store,
+        router: Router,
+        scheduler: Scheduler,
+        clock: Clock = time.time,
+        observer: Observer | None = None,
     ) -> None:
         self.settings = settings
         self.replica = scheduler.replica
+        self.observer = observer or Observer()
         self._store = store
         self._router = router
         self._scheduler = scheduler
@@ -301,6 +311,8 @@ class Gateway:
             expires_at=None if deadline_s is None else now + deadline_s,
             durability=durability,
             grace_s=grace_s,
+            request_id=ORIGIN.get().request_id,
+            traceparent=self.observer.traceparent(),
         )
 
     def _run_here(self, job: Job, identity: Identity | None) -> Job:
@@ -312,6 +324,7 @@ class Gateway:
                 param=name,
             )
         self._scheduler.run_here(job)
+        self.observer.accepted(job)
         if job.grace_s is not None:
             self._store.memory.expect(job.id, max(self.settings.disconnect.grace_s, job.grace_s))
         return job
@@ -323,7 +336,7 @@ class Gateway:
         created = await self._store.jobs.create(job, seat.lease if seat else expected)
         if created is None:
             raise identity.conflict() if identity else Conflict(f"The job id {job.id!r} is taken.", param="job_id")
-        job = created.job
+        new, job = created.job is job, created.job
         lanes = self._lanes(job.pool)
         if seat is not None:
             seat.bind(job, lanes, counted=True)
@@ -338,6 +351,8 @@ class Gateway:
                 await self._store.jobs.join_session(job.session_id, job)
         self._store.recent.remember(lambda: self._enqueue_again(job, expected, unread_s), created.size)
         self._scheduler.kick(job.pool)
+        if new:
+            self.observer.accepted(job)
         return job
 
     async def _enqueue_again(self, job: Job, expected: Lease, unread_s: float | None) -> None:
@@ -392,6 +407,8 @@ async def open_gateway(
         if settings.providers:  # what runs here counts by itself
             await tokenizer.open()
         accounts = Accounts(settings.prices, tokenizer)
+        tracing = await stack.enter_async_context(open_tracing(settings.telemetry, replica))
+        observer = Observer([model.name for model in router.models], tracing)
         scheduler = Scheduler(
             store,
             router,
@@ -400,9 +417,11 @@ async def open_gateway(
             deadlines=settings.deadlines,
             clock=clock,
             accounts=accounts,
+            observer=observer,
         )
+        watch_pools(observer, store, scheduler.pools)
         await scheduler.open()
-        gateway = Gateway(settings, store, router, scheduler, clock)
+        gateway = Gateway(settings, store, router, scheduler, clock, observer)
         try:
             yield gateway
         finally:

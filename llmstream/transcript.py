@@ -132,6 +132,15 @@ class Transcript:
         return first.tokens if first else []
 
     @property
+    def produced(self) -> int:
+        """Tokens of the answer so far, as well as they are known; 0 when they are not."""
+        if self.usage is not None:
+            return self.usage.completion_tokens
+        first = self.choices.get(0)
+        logprobs = first.logprobs if first else None
+        return len(self.tokens) or len((logprobs or {}).get("content", ()))
+
+    @property
     def finish_reason(self) -> str | None:
         first = self.choices.get(0)
         return first.finish_reason if first else None

@@ -219,6 +219,10 @@ class Job(Struct, frozen=True, omit_defaults=True):
     continues: str | None = None
     """The job that this one was requeued from: its answer goes on where that one stopped."""
     durability: Durability = "full"
+    request_id: str | None = None
+    """The HTTP request that it came with, for the log of whoever runs it."""
+    traceparent: str | None = None
+    """The W3C trace context that it came in, for the spans of whoever runs it."""
 
     @property
     def lane(self) -> Lane:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llmstream.config import describe, load
 from llmstream.presets import PRESETS, Preset
+from llmstream.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,6 +21,22 @@ def settings_table() -> str:
         meaning = setting.meaning.replace("``", "`").replace("|", "\\|").replace("\n", " ")
         rows.append(f"| `{setting.key}` | {default} | {meaning} |")
     return "\n".join(rows)
+
+
+def metrics_table() -> str:
+    """The table of metrics as it has to stand in the README."""
+    rows = ["| metric | labels | meaning |", "|---|---|---|"]
+    for metric in Metrics():
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        rows.append(f"| `{metric.name}` ({metric.kind}) | {labels} | {metric.meaning} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_metrics_is_complete() -> None:
+    """Every metric stands in the README with its labels and meaning."""
+    start, end = "<!-- metrics: ", "<!-- /metrics -->"
+    table = README[README.index(start) : README.index(end)].split("-->\n", 1)[1].strip()
+    assert table == metrics_table()
 
 
 def test_the_configuration_table_is_complete() -> None:

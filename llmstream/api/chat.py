@@ -78,7 +78,7 @@ async def stream(request: web.Request) -> web.StreamResponse:
     state = await gateway.job(job_id)
     if (state.job.session_id or job_id) != session_id:
         raise NotFound(f"Session {session_id!r} has no job {job_id!r}.")
-    after = position(request)
+    after = position(request, "event-stream")
     headers = {"x-job-id": job_id}
     if await gateway.exhausted(state, after):
         return web.Response(status=204, headers=headers)

@@ -20,6 +20,9 @@ class Streams:
     def add(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
 
+    def __len__(self) -> int:
+        return len(self._tasks)
+
     def discard(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
 

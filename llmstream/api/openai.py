@@ -11,6 +11,7 @@ from aiohttp import web
 from llmstream.api.body import read_json, validate
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
+from llmstream.api.observing import note_upstream
 from llmstream.api.presence import Attended
 from llmstream.api.render import CANCELLED, ChatFormat, chat_completion, completion_id
 from llmstream.api.schemas import ChatCompletionBody, openai_request
@@ -65,7 +66,7 @@ async def get_chat_completion(request: web.Request) -> web.StreamResponse:
         raise NotFound(f"Job {job_id!r} is not a chat completion.")
     headers = _headers(request, state.job)
     if _flag(request, "stream"):
-        after = position(request)
+        after = position(request, "openai")
         if await gateway.exhausted(state, after):
             return web.Response(status=204, headers=headers)
         restart = await gateway.last_restart(job_id) if state.attempt > 1 and after == BEGINNING else None
@@ -107,6 +108,7 @@ async def _whole(request: web.Request, job: Job, follower: Follower, headers: di
 
     async with Attended(request, follower):
         await deliver(follower, put, write)
+    note_upstream(request, follower)
     finished = transcript.finished
     failure = finished.failure if finished else None
     if finished is not None and finished.status == "cancelled":

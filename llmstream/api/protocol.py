@@ -11,9 +11,12 @@ from typing import Any
 from aiohttp import http_exceptions, web
 
 from llmstream.api.body import unreadable, unsupported_encoding
+from llmstream.api.keys import GATEWAY
 from llmstream.api.middleware import refusal
+from llmstream.api.observing import UNKNOWN
 from llmstream.api.pings import STALL_S
 from llmstream.errors import BadRequest, LLMStreamError, error_body
+from llmstream.telemetry.observer import OTHER, Observer
 from llmstream.types import Failure
 
 LINGER_S = 1.0
@@ -31,17 +34,20 @@ class Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         # Does what the application needs to start; its server only lends the two functions that lead into it.
         server = await super()._make_server()
-        handler = _in_one_shape(server.request_handler)
-        return _Server(handler, request_factory=server.request_factory, **self._kwargs)
+        gateway = self.app.get(GATEWAY)
+        observer = gateway.observer if gateway is not None else Observer()
+        handler = _in_one_shape(server.request_handler, observer)
+        return _Server(handler, request_factory=server.request_factory, observer=observer, **self._kwargs)
 
 
-def _in_one_shape(handler: Any) -> Any:
+def _in_one_shape(handler: Any, observer: Observer) -> Any:
     """Some refusals, that of an unknown ``Expect`` for one, are raised before the middlewares are entered."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         try:
             answer: web.StreamResponse = await handler(request)
         except web.HTTPException as error:
+            observer.requested(request.method, UNKNOWN, error.status, 0.0)
             return refusal(request, error)
         return answer
 
@@ -49,8 +55,9 @@ def _in_one_shape(handler: Any) -> Any:
 
 
 class _Server(web.Server):
-    def __init__(self, handler: Any, *, request_factory: Any, **kwargs: Any) -> None:
+    def __init__(self, handler: Any, *, request_factory: Any, observer: Observer, **kwargs: Any) -> None:
         super().__init__(handler, request_factory=request_factory)
+        self.observer = observer
         self._made_with = kwargs
 
     def __call__(self) -> web.RequestHandler:
@@ -95,7 +102,10 @@ class Connection(web.RequestHandler):
             if not isinstance(exc, ConnectionError):
                 logger.error("a request failed", exc_info=exc, extra={"request_id": request_id})
             failure = Failure(message=f"Something went wrong inside llmstream ({request_id}).", code="internal_error")
-        response = web.json_response(error_body(failure), status=status, headers={"x-request-id": request_id})
+        if isinstance(self._manager, _Server):
+            self._manager.observer.requested(OTHER, UNKNOWN, status, 0.0)
+        headers = {"x-request-id": request_id, "X-Process-Time": "0.000000"}
+        response = web.json_response(error_body(failure), status=status, headers=headers)
         response.force_close()
         return response
 

@@ -14,7 +14,8 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import StreamWriter
 from aiohttp_sse import EventSourceResponse
 
-from llmstream.api.keys import PINGS, STREAMS
+from llmstream.api.keys import GATEWAY, PINGS, STREAMS
+from llmstream.api.observing import note_upstream
 from llmstream.api.pings import STALL_S, Pings
 from llmstream.api.presence import Attended
 from llmstream.api.render import Format, render_entry
@@ -109,8 +110,11 @@ class Stream(EventSourceResponse):
         await super().__aexit__(kind, error, trace)
 
 
-def position(request: web.Request) -> EventId:
-    """Where a client wants to go on: ``Last-Event-ID`` header, ``?last_event_id=`` or ``?starting_after=``."""
+def position(request: web.Request, protocol: str) -> EventId:
+    """Where a client wants to go on: ``Last-Event-ID`` header, ``?last_event_id=`` or ``?starting_after=``.
+
+    ``protocol`` names what it speaks, for the metrics.
+    """
     for name, text in (
         ("Last-Event-ID", request.headers.get("Last-Event-ID")),
         ("last_event_id", request.query.get("last_event_id")),
@@ -118,9 +122,12 @@ def position(request: web.Request) -> EventId:
     ):
         if text:
             try:
-                return EventId.parse(text)
+                found = EventId.parse(text)
             except ValueError as error:
                 raise BadRequest(f"{name}: {error}.", param=name) from None
+            if found != BEGINNING:
+                request.app[GATEWAY].observer.metrics.resumes.add(protocol)
+            return found
     return BEGINNING
 
 
@@ -163,6 +170,7 @@ async def serve(
             request.transport.abort()
     finally:
         streams.discard(task)
+        note_upstream(request, follower)
     return response
 
 

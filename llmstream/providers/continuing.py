@@ -75,10 +75,4 @@ def said_before(request: GenerateRequest, so_far: Transcript, can: Capabilities)
 
 def produced_tokens(so_far: Transcript | None) -> int:
     """Tokens of an answer so far, as well as they are known; 0 when they are not."""
-    if so_far is None:
-        return 0
-    if so_far.usage is not None:
-        return so_far.usage.completion_tokens
-    first = so_far.choices.get(0)
-    logprobs = first.logprobs if first else None
-    return len(so_far.tokens) or len((logprobs or {}).get("content", ()))
+    return 0 if so_far is None else so_far.produced

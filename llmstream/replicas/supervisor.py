@@ -18,6 +18,7 @@ from llmstream.providers.build import PullProgress, pull_weights
 from llmstream.replicas.process import ReplicaProcess
 from llmstream.replicas.slot import Slot
 from llmstream.replicas.sockets import another, close_all, reserve
+from llmstream.replicas.tally import Tally
 from llmstream.replicas.wire import Ready
 from llmstream.scheduler.scheduler import HARD_STOP_S
 from llmstream.server import HANDLER_GRACE_S, cannot_listen, url_of
@@ -43,6 +44,7 @@ class Replicas:
         self._stack = AsyncExitStack()
         self._store: Store | None = None
         self._replica_settings = settings
+        self._tally = Tally()
         self._processes: set[ReplicaProcess] = set()
         self._slots: list[Slot] = []
         self._restart = asyncio.Event()
@@ -81,6 +83,7 @@ class Replicas:
             self._slots = [
                 Slot(self, lambda: another(reserved), server.worker_timeout_s) for _ in range(server.workers)
             ]
+            stack.push_async_callback(self._tally.close)
             stack.push_async_callback(self._end_processes)
             processes = await _fill(self._slots)
             self._first = processes[0].report
@@ -98,7 +101,8 @@ class Replicas:
 
     async def launch(self, sockets: list[socket.socket]) -> ReplicaProcess:
         """Starts a process and waits until it is ready. Raises LLMStreamError or OSError."""
-        process = await ReplicaProcess.start(self._replica_settings, sockets)
+        with self._tally.connect() as counts:
+            process = await ReplicaProcess.start(self._replica_settings, sockets, counts)
         self._processes.add(process)
         try:
             report = await process.ready()

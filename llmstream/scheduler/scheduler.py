@@ -28,6 +28,7 @@ from llmstream.scheduler.worker import Worker
 from llmstream.store.lanes import Claimed, Lanes, Standing
 from llmstream.store.memory import in_memory
 from llmstream.store.store import Store
+from llmstream.telemetry.observer import Observer
 from llmstream.types import Clock, Finished, Job
 
 CLAIM_BATCH = 64
@@ -100,6 +101,7 @@ class Scheduler:
         deadlines: DeadlineSettings,
         clock: Clock,
         accounts: Accounts | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.replica = replica
         self._accounts = accounts
@@ -108,6 +110,7 @@ class Scheduler:
         self._settings = settings
         self._deadlines = deadlines
         self._clock = clock
+        self._observer = observer or Observer()
         self._beat_s = min(MAX_BEAT_S, settings.lease_s / 4)
         self._tasks: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
@@ -271,6 +274,7 @@ class Scheduler:
             max_attempts=self._settings.max_attempts,
             clock=self._clock,
             accounts=self._accounts,
+            observer=self._observer,
         )
         pool.running[job_id] = worker
         task = asyncio.create_task(self._work(pool, worker), name=f"job-{name}-{job_id}")
@@ -329,10 +333,11 @@ class Scheduler:
         self._store.log.note_end(job_id, ended)
 
     async def _heartbeats(self, pool: Pool) -> None:
-        loop = asyncio.get_running_loop()
+        loop, lag = asyncio.get_running_loop(), self._observer.metrics.loop_lag.of()
         while True:
             asleep = loop.time()
             await asyncio.sleep(self._beat_s)
+            lag.add(max(0.0, loop.time() - asleep - self._beat_s))
             try:
                 # When we were away ourselves, what came meanwhile is to be read before anybody is called silent.
                 if loop.time() - asleep < 2 * self._beat_s:

@@ -22,9 +22,13 @@ from llmstream.providers.tokens import Tokenizer
 from llmstream.routing.router import Router
 from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.intake import EVENT_BYTES, Intake
+from llmstream.store.channel import Channel
 from llmstream.store.jobs import Begun, Jobs
 from llmstream.store.log import Log
 from llmstream.store.memory import AnyWriter, Memory
+from llmstream.store.writer import SUPERSEDED
+from llmstream.telemetry.observer import Attempt, Observer
+from llmstream.telemetry.origin import ORIGIN, Origin
 from llmstream.transcript import Transcript
 from llmstream.types import (
     BEGINNING,
@@ -34,6 +38,7 @@ from llmstream.types import (
     EventId,
     Failure,
     Finished,
+    GenerateRequest,
     Job,
     Restart,
     Started,
@@ -71,6 +76,7 @@ class Worker:
         max_attempts: int,
         clock: Clock,
         accounts: Accounts | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.job_id = job_id
         self.claim = claim
@@ -82,6 +88,9 @@ class Worker:
         self._max_attempts = max_attempts
         self._clock = clock
         self._accounts = accounts or Accounts({}, Tokenizer())
+        self._observer = observer or Observer()
+        self._whole = True
+        """Whether all attempts so far were made here."""
         self._begun: Begun | None = None
         self._interruption: LLMStreamError | None = None
         self._scope: asyncio.Task[Any] | None = None
@@ -111,17 +120,24 @@ class Worker:
                 return await self._over()
             if begun == "superseded":
                 return "release"
-            self._begun = begun
+            ORIGIN.set(Origin(begun.job.request_id, self.job_id))
+            again = self._begun is not None
+            self._whole = begun.attempt == 1 or (again and self._whole)
+            seen = self._observer.begun(begun.job, begun.attempt, self._replica, started.at, again=again)
+            self._begun, self._intake = begun, None
             writer = self._log.writer(begun)
             writer.on_lost = self.interrupt
             try:
-                result = await self._attempt(begun, writer)
+                result = await self._attempt(begun, writer, seen)
             except Fenced as fenced:
-                result = await self._superseded(fenced)
+                result = await self._superseded(fenced, seen)
             except ShuttingDown:
-                result = await self._hand_over(begun, writer)
+                result = await self._hand_over(begun, writer, seen)
             finally:
+                seen.end("interrupted", self._intake)
                 writer.close()
+            if result == "release":
+                writer.channel.upstream_s = None
             if result is not None:
                 return result
 
@@ -161,51 +177,58 @@ class Worker:
         elif got_token and silent > limits.stall_s:
             self.interrupt(UpstreamBroken(f"The model stalled: no token for {limits.stall_s:g} s."))
 
-    async def _attempt(self, begun: Begun, writer: AnyWriter) -> Result | None:
+    async def _attempt(self, begun: Begun, writer: AnyWriter, seen: Attempt) -> Result | None:
         """One attempt. None: it failed in a way that another attempt may mend."""
+        failed: LLMStreamError | None = None
         try:
-            finished = await self._interruptible(self._generate(begun, writer))
+            finished = await self._interruptible(self._generate(begun, writer, seen))
         except (Fenced, ShuttingDown, StoreUnavailable):
             raise
         except LLMStreamError as error:
             if error.retryable and begun.tries < self._max_attempts:
+                seen.end("retried", self._intake, error)
                 return await self._pause(begun, writer, error)
-            finished = self._failed(error)
+            failed, finished = error, self._failed(error)
         except Exception:
             logger.exception("the provider broke", extra={"job_id": self.job_id})
-            finished = self._failed(LLMStreamError("Something went wrong inside llmstream; its log has the details."))
+            failed = LLMStreamError("Something went wrong inside llmstream; its log has the details.")
+            finished = self._failed(failed)
         await writer.finish(finished)
+        seen.end(finished.status, self._intake, failed)
         return "dead" if finished.failure is not None and finished.failure.retryable else "done"
 
     async def _over(self) -> Result:
         state = await self._jobs.find(self.job_id)
         return "dead" if state is not None and state.dead else "done"
 
-    async def _generate(self, begun: Begun, writer: AnyWriter) -> Finished:
+    async def _generate(self, begun: Begun, writer: AnyWriter, seen: Attempt) -> Finished:
         request = begun.job.asked
         provider = self._router.target(request).provider
-        self._intake = Intake(writer, asyncio.get_running_loop().time)
+        seen.provider = provider.name
+        self._intake = Intake(writer, asyncio.get_running_loop().time, seen)
         transcript = await self._history(begun)
         if begun.attempt > 1 and begun.previous == BEGINNING:
             writer.append(Restart("the store lost what the earlier attempts wrote"), EVENT_BYTES)
         if begun.job.continues is not None and (transcript is None or transcript.empty):
             transcript = await self._inherit(begun.job.continues, begun.job, provider, writer)
         so_far: Transcript | None = None
+        seen.fresh = transcript is None or transcript.empty
         if transcript is not None and not transcript.empty:
             if self._complete(transcript, begun.job):
                 usage = await self._settled(writer, transcript.usage, begun.job, provider)
                 return self._finished(usage, _reasons(transcript))
             if transcript.continuable and provider.can_continue(request, transcript):
                 so_far = transcript
+                seen.earlier_tokens = transcript.produced
             else:
                 writer.append(Restart("the earlier attempt cannot be continued"), EVENT_BYTES)
         self._continuable = provider.can_continue(request, so_far or _BARELY_BEGUN)
         try:
-            await provider.generate(request, so_far, self._intake)
+            await self._ask(provider, request, so_far, self._intake, writer.channel)
         except CannotContinue as error:
             logger.warning("the answer starts over: %s", error.message, extra={"job_id": self.job_id})
             writer.append(Restart("the earlier attempt cannot be continued"), EVENT_BYTES)
-            await provider.generate(request, None, self._intake)
+            await self._ask(provider, request, None, self._intake, writer.channel)
         self._answered = True
         if len(self._intake.reasons) < request.choices:
             raise UpstreamBroken("The model's stream ended before the answer did.")
@@ -225,6 +248,18 @@ class Worker:
             for entry in entries:
                 transcript.extend(entry.payloads, entry.last)
         return transcript
+
+    async def _ask(
+        self, provider: Provider, request: GenerateRequest, so_far: Transcript | None, intake: Intake, channel: Channel
+    ) -> None:
+        """Generates; notes how long the provider was busy, for the reader who compares it with their own time."""
+        clock = asyncio.get_running_loop().time
+        start = clock()
+        try:
+            await provider.generate(request, so_far, intake)
+        finally:
+            if self._whole:
+                channel.upstream_s = (channel.upstream_s or 0.0) + clock() - start - intake.held_s
 
     async def _history(self, begun: Begun) -> Transcript | None:
         """The answer as earlier attempts left it. The log is fenced by now, so it cannot grow any more."""
@@ -293,19 +328,24 @@ class Worker:
         await asyncio.sleep(delay)
         await writer.flush()  # a store that came back meanwhile may be getting the attempt again
 
-    async def _superseded(self, fenced: Fenced) -> Result:
+    async def _superseded(self, fenced: Fenced, seen: Attempt) -> Result:
         """The log moved on: the job is over, or it belongs to whoever holds the claim now."""
         logger.info("attempt stopped: %s", fenced.message, extra={"job_id": self.job_id})
+        if fenced.error_code == SUPERSEDED:
+            self._observer.metrics.fenced.add()
         state = await self._jobs.find(self.job_id)
-        return "done" if state is None or state.done else "release"
+        over = state is None or state.done
+        seen.end("cancelled" if over else "superseded", self._intake)
+        return "done" if over else "release"
 
-    async def _hand_over(self, begun: Begun, writer: AnyWriter) -> Result:
+    async def _hand_over(self, begun: Begun, writer: AnyWriter, seen: Attempt) -> Result:
         try:
             async with asyncio.timeout(FLUSH_S):
                 await writer.flush()
                 await self._jobs.hand_over(self.job_id, begun.attempt)
+            seen.end("handed_over", self._intake)
         except Fenced as fenced:
-            return await self._superseded(fenced)
+            return await self._superseded(fenced, seen)
         except (StoreUnavailable, TimeoutError) as error:
             logger.warning("the hand-over costs an attempt: %s", error, extra={"job_id": self.job_id})
         return "release"

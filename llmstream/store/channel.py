@@ -36,6 +36,7 @@ class Channel:
         "located",
         "owned",
         "tip",
+        "upstream_s",
         "whole",
     )
 
@@ -54,6 +55,8 @@ class Channel:
         """Whether somebody in this process waits for each token."""
         self.owned = False
         """True while this process writes the log; otherwise the tail reader watches it."""
+        self.upstream_s: float | None = None
+        """What the job's provider took, where all of that was in this process."""
         self._ring: list[Entry] = []
         self._size = 0
         self.listeners: set[Listener] = set()

@@ -243,6 +243,7 @@ class MemoryWriter:
     def __init__(self, memory: Memory, kept: _Kept, begun: Begun) -> None:
         self.lost: LLMStreamError | None = None
         self.on_lost: Callable[[LLMStreamError], None] | None = None
+        self.channel = kept.channel
         self._memory = memory
         self._kept = kept
         self._pending: list[Payload] = []

@@ -18,6 +18,8 @@ from llmstream.types import EventId, Finished, Payload, Restart
 
 CONGESTED_BYTES = 256 * 1024
 """What may wait for the store before the model is asked to wait."""
+SUPERSEDED = "superseded"
+"""The code of an attempt that the store has let write no more."""
 _REFUSED = "equal or smaller"
 
 logger = logging.getLogger(__name__)
@@ -260,7 +262,7 @@ class Writer:
         self._sender.defer(("XRANGE", self._key, str(entry.last), str(entry.last)), compare)
 
     def _superseded(self) -> Fenced:
-        return Fenced(f"Attempt {self.attempt} of job {self.channel.job_id} was superseded.")
+        return Fenced(f"Attempt {self.attempt} of job {self.channel.job_id} was superseded.", code=SUPERSEDED)
 
     def _lose(self, error: Fenced | StoreUnavailable) -> None:
         if self.lost is None:
