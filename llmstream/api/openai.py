@@ -95,19 +95,30 @@ async def get_model(request: web.Request) -> web.Response:
     raise ModelNotFound(f"The model {name!r} does not exist here; GET /v1/models lists what does.", param="model")
 
 
-async def _whole(request: web.Request, job: Job, follower: Follower, headers: dict[str, str]) -> web.Response:
-    transcript = Transcript()
+class _Gathered:
+    """A log as one transcript."""
 
-    def put(entry: Entry) -> bool:
-        transcript.extend(entry.payloads, entry.last)
+    __slots__ = ("_transcript",)
+
+    def __init__(self, transcript: Transcript) -> None:
+        self._transcript = transcript
+
+    def put(self, entry: Entry) -> bool:
+        self._transcript.extend(entry.payloads, entry.last)
         return True
 
-    async def write(entries: list[Entry]) -> None:
+    def write(self, entries: list[Entry]) -> None:
         for entry in entries:
-            put(entry)
+            self.put(entry)
 
+    async def drained(self) -> None:
+        """There is always room."""
+
+
+async def _whole(request: web.Request, job: Job, follower: Follower, headers: dict[str, str]) -> web.Response:
+    transcript = Transcript()
     async with Attended(request, follower):
-        await deliver(follower, put, write)
+        await deliver(follower, _Gathered(transcript))
     note_upstream(request, follower)
     finished = transcript.finished
     failure = finished.failure if finished else None
