@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -158,10 +159,58 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True):
         return int(self.body.get("n") or 1)
 
 
+Scope = Literal["read", "generate", "admin"]
+SCOPES: tuple[Scope, ...] = ("read", "generate", "admin")
+"""Each holds those before it: ``read`` sees its principal's own jobs, ``generate`` also makes, cancels and requeues
+them, ``admin`` does all that with everybody's."""
+
+
 class Principal(Struct, frozen=True, omit_defaults=True):
-    """Who asks. Jobs of different principals at the same priority take turns."""
+    """Who asks, and what they may. Jobs of different principals at the same priority take turns.
+
+    The default is who asks a server without keys: may do everything.
+    """
 
     id: str = "local"
+    scopes: tuple[Scope, ...] = SCOPES
+    models: tuple[str, ...] | None = None
+    """Patterns such as ``gpt-*`` of the models that may be asked for; None: all."""
+
+    @property
+    def is_admin(self) -> bool:
+        return "admin" in self.scopes
+
+    def may_use(self, model: str) -> bool:
+        """Whether a model may be asked for by this name."""
+        return self.models is None or any(fnmatchcase(model, pattern) for pattern in self.models)
+
+    def owns(self, job: Job) -> bool:
+        """Whether a job may be seen: what belongs to others does not exist."""
+        return job.principal == self.id or self.is_admin
+
+
+class ApiKey(Struct, frozen=True, omit_defaults=True):
+    """What is kept of an API key: all but its secret."""
+
+    id: str
+    name: str
+    """The principal; several keys may have the same."""
+    salt: str
+    digest: str
+    """Hex of the secret's salted hash."""
+    scopes: tuple[Scope, ...]
+    created_at: float
+    expires_at: float
+    models: tuple[str, ...] | None = None
+
+    @property
+    def principal(self) -> Principal:
+        return Principal(id=self.name, scopes=self.scopes, models=self.models)
+
+
+def scopes_upto(scopes: Iterable[Scope]) -> tuple[Scope, ...]:
+    """All scopes that the given ones hold."""
+    return SCOPES[: max((SCOPES.index(scope) + 1 for scope in scopes), default=0)]
 
 
 class Job(Struct, frozen=True, omit_defaults=True):
