@@ -27,6 +27,7 @@ _SECRETS = (
         rf"\1{MASK}",
     ),
     (re.compile(r"\b(?:sk|pk|rk)-[\w-]{8,}"), MASK),
+    (re.compile(r"([?&]token=)[^\s\"'&#]+"), rf"\1{MASK}"),
 )
 
 

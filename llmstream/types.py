@@ -151,6 +151,12 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True):
         return list(self.body.get("messages") or [])
 
     @property
+    def prompt_chars(self) -> int:
+        """Characters of text in the conversation or prompt."""
+        contents = [message.get("content") for message in self.messages] or [self.body.get("prompt")]
+        return sum(map(_chars, contents))
+
+    @property
     def max_tokens(self) -> int | None:
         return self.body.get("max_completion_tokens") or self.body.get("max_tokens")
 
@@ -165,13 +171,25 @@ SCOPES: tuple[Scope, ...] = ("read", "generate", "admin")
 them, ``admin`` does all that with everybody's."""
 
 
+def _chars(content: Any) -> int:
+    if isinstance(content, list):
+        return sum(map(_chars, content))
+    if isinstance(content, dict):
+        content = content.get("text")
+    return len(content) if isinstance(content, str) else 0
+
+
+LOCAL = "local"
+"""The principal of a server without keys."""
+
+
 class Principal(Struct, frozen=True, omit_defaults=True):
     """Who asks, and what they may. Jobs of different principals at the same priority take turns.
 
     The default is who asks a server without keys: may do everything.
     """
 
-    id: str = "local"
+    id: str = LOCAL
     scopes: tuple[Scope, ...] = SCOPES
     models: tuple[str, ...] | None = None
     """Patterns such as ``gpt-*`` of the models that may be asked for; None: all."""
@@ -220,7 +238,7 @@ class Job(Struct, frozen=True, omit_defaults=True):
     request: GenerateRequest
     pool: str
     created_at: float
-    principal: str = "local"
+    principal: str = LOCAL
     priority: int = 0
     session_id: str | None = None
     expires_at: float | None = None
@@ -271,6 +289,11 @@ class ModelInfo(Struct, frozen=True, omit_defaults=True):
     context: int | None = None
     """Tokens of prompt and answer together; None where the provider does not say."""
     extra: Mapping[str, Any] = {}
+
+
+def own_id(principal: str, name: str) -> str:
+    """The job id that a caller's own id stands for; those of different principals never meet."""
+    return name if principal == LOCAL else f"{principal}:{name}"
 
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from llmstream.api import chat, health, jobs, openai
-from llmstream.api.keys import GATEWAY, PINGS, STREAMS, Streams
+from llmstream.api.access import guard
+from llmstream.api.cors import Cors
+from llmstream.api.keys import BODY_TIMEOUT_S, GATEWAY, PINGS, STREAMS, Streams
 from llmstream.api.middleware import errors, on_prepare
 from llmstream.api.pings import Pings
 from llmstream.api.presence import PRESENCE, Presence
@@ -20,13 +23,22 @@ def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.App
 
     The gateway (store, models, scheduler) starts and ends with the application, unless an open one is given.
     """
-    app = web.Application(middlewares=[errors], client_max_size=settings.server.max_body_bytes)
+    middlewares: list[Middleware] = [errors]
+    cors = Cors(settings.security.cors_origins)
+    if settings.security.cors_origins:
+        middlewares.append(cors.preflight)
+    if settings.authenticated:
+        middlewares.append(guard(settings.security))
+    app = web.Application(middlewares=middlewares, client_max_size=settings.server.max_body_bytes)
     app[STREAMS] = Streams()
     app[PRESENCE] = Presence()
     app[PINGS] = Pings(settings.server.ping_s)
+    app[BODY_TIMEOUT_S] = settings.server.body_timeout_s
     for family in (openai, chat, jobs, health):
         app.add_routes(family.routes)
     app.on_response_prepare.append(on_prepare)
+    if settings.security.cors_origins:
+        app.on_response_prepare.append(cors.on_prepare)
 
     async def life(app: web.Application) -> AsyncIterator[None]:
         if gateway is not None:

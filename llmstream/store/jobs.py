@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from typing import Any, Literal, NamedTuple
 
@@ -17,9 +18,13 @@ from llmstream.store.pipeline import Command, Script, Sender
 from llmstream.store.presence import Presence
 from llmstream.store.readers import NOBODY, Lease
 from llmstream.store.recent import RETRY_S, Recent, Trail
-from llmstream.types import TERMINAL, EventId, Failure, Finished, Job, JobState, Started, Usage
+from llmstream.types import LOCAL, TERMINAL, EventId, Failure, Finished, Job, JobState, Started, Usage
 
 _SESSION_JOBS = 100
+OWNED_JOBS = 1000
+"""A principal's list of its own jobs remembers so many."""
+
+logger = logging.getLogger(__name__)
 
 
 class _Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -263,12 +268,24 @@ class Jobs:
 
     async def join_session(self, session_id: str, job: Job) -> None:
         """Notes a job as the latest of a session; a session remembers its last 100 jobs."""
-        key = self._keys.session(session_id)
+        key = self._keys.session(session_id, job.principal)
         await self._pipeline.run(JOIN, [key], repr(job.created_at), job.id, self._unfinished_ms, _SESSION_JOBS)
 
-    async def session_jobs(self, session_id: str) -> list[str]:
-        """Ids of the jobs of a session, latest first; empty for an unknown session."""
-        found = await self._pipeline.call("ZRANGE", self._keys.session(session_id), 0, -1, "REV")
+    async def session_jobs(self, session_id: str, principal: str = LOCAL) -> list[str]:
+        """Ids of the jobs of a principal's session, latest first; empty for an unknown session."""
+        return await self._listed(self._keys.session(session_id, principal), -1)
+
+    def note_owned(self, job: Job) -> None:
+        """Notes a job as the latest of its principal. Travels with the next batch."""
+        step = (repr(job.created_at), job.id, self._unfinished_ms, OWNED_JOBS)
+        self._pipeline.defer_script(JOIN, [self._keys.owned(job.principal)], step, _noted)
+
+    async def owned(self, principal: str, limit: int = OWNED_JOBS) -> list[str]:
+        """Ids of a principal's jobs, latest first."""
+        return await self._listed(self._keys.owned(principal), limit - 1)
+
+    async def _listed(self, key: str, last: int) -> list[str]:
+        found = await self._pipeline.call("ZRANGE", key, 0, last, "REV")
         return [raw.decode() for raw in found]
 
     def _all(self, job_id: str) -> list[str]:
@@ -300,6 +317,11 @@ class Jobs:
                 if isinstance(error, StoreError) or loop.time() >= deadline:
                     raise
             await asyncio.sleep(RETRY_S)
+
+
+def _noted(_reply: Any, error: Exception | None) -> None:
+    if error is not None:
+        logger.warning("a job will be missing in its principal's list: %s", error)
 
 
 def _encode_outcome(finished: Finished) -> bytes:

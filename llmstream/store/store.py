@@ -11,6 +11,7 @@ from typing import Any
 
 from llmstream.config import SchedulerSettings, StoreSettings
 from llmstream.errors import BadRequest, ConfigError, LLMStreamError
+from llmstream.store.api_keys import ApiKeys
 from llmstream.store.breakers import Breakers, Policy
 from llmstream.store.budgets import Budgets
 from llmstream.store.cluster import Cluster
@@ -72,6 +73,7 @@ class Store:
         )
         self.readers = Readers(self.writes, self.keys)
         self.rate_limits = RateLimits(self.writes, self.keys)
+        self.api_keys = ApiKeys(self.writes, self.keys)
         self.repeats = Repeats(self.writes, self.keys, self.recent)
         self.log = Log(
             self.writes,
