@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asyncio import Future
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -46,8 +47,10 @@ _decoder = msgspec.json.Decoder(ApiKey)
 class ApiKeys:
     """Keys made with ``llmstream keys create``, and the secret behind signed URLs."""
 
-    def __init__(self, pipeline: Sender, keys: Keys) -> None:
+    def __init__(self, pipeline: Sender, surest: Callable[[], Sender], keys: Keys) -> None:
         self._pipeline = pipeline
+        self._surest = surest
+        """Where changes go: a revocation has to survive the store."""
         self._keys = keys
 
     async def add(self, key: ApiKey, now: float) -> None:
@@ -56,7 +59,7 @@ class ApiKeys:
             if other.expires_at <= now:
                 await self._pipeline.call("HDEL", self._keys.api_keys, other.id)
         life_ms = max(1, int((key.expires_at - now) * 1000))
-        await self._pipeline.run(_ADD, [self._keys.api_keys], key.id, msgspec.json.encode(key), life_ms)
+        await self._surest().run(_ADD, [self._keys.api_keys], key.id, msgspec.json.encode(key), life_ms)
 
     async def find(self, key_id: str) -> ApiKey | None:
         """The record of a key, which may have expired."""
@@ -70,7 +73,7 @@ class ApiKeys:
 
     async def revoke(self, key_id: str) -> bool:
         """Takes a key off the record and tells all replicas; False when there was no such key."""
-        return bool(await self._pipeline.run(_REVOKE, [self._keys.api_keys], key_id, self._keys.revoked))
+        return bool(await self._surest().run(_REVOKE, [self._keys.api_keys], key_id, self._keys.revoked))
 
     def keep_secret(self, secret: bytes) -> Future[bytes]:
         """Keeps the secret that signs URLs unless there is one; the future resolves to the one that is kept."""

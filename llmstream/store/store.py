@@ -22,6 +22,7 @@ from llmstream.store.lanes import Lanes
 from llmstream.store.log import Log
 from llmstream.store.memory import Memory, in_memory
 from llmstream.store.node import Node
+from llmstream.store.pipeline import Sender
 from llmstream.store.rate_limits import RateLimits
 from llmstream.store.readers import Readers
 from llmstream.store.recent import Recent
@@ -73,7 +74,7 @@ class Store:
         )
         self.readers = Readers(self.writes, self.keys)
         self.rate_limits = RateLimits(self.writes, self.keys)
-        self.api_keys = ApiKeys(self.writes, self.keys)
+        self.api_keys = ApiKeys(self.writes, self._surest, self.keys)
         self.repeats = Repeats(self.writes, self.keys, self.recent)
         self.log = Log(
             self.writes,
@@ -158,6 +159,9 @@ class Store:
         """Raises BadRequest when the server cannot give what ``durability`` promises."""
         if durability == "fsync" and self._sync_problem is not None:
             raise BadRequest(f"durability 'fsync' {self._sync_problem}", param="durability")
+
+    def _surest(self) -> Sender:
+        return self.synced if self._sync_problem is None else self.writes
 
     async def learn(self) -> None:
         """Finds out whether the server can confirm that a write is on its disk."""
