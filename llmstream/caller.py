@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmstream.errors import NotFound
 from llmstream.gateway import Gateway
+from llmstream.store.memory import in_memory
 from llmstream.types import LOCAL, Job, JobState, ModelInfo, Principal, own_id
 
 
@@ -17,7 +18,9 @@ class Caller:
     async def job(self, job_id: str) -> JobState:
         """The record of a job of the principal's, also by the id that it chose. Raises NotFound, and Conflict for a
         memory job of another replica."""
-        state = await self._find(job_id) or await self._find(own_id(self.principal.id, job_id))
+        state = await self._find(job_id)
+        if state is None and not in_memory(job_id):  # whose ids are never chosen
+            state = await self._find(own_id(self.principal.id, job_id))
         if state is None:
             raise NotFound(
                 f"There is no job {job_id!r} for this API key; it never existed, its retention time is over, or it "
