@@ -117,12 +117,13 @@ async def _until_stopped(settings: Settings, url: str, lines: Sequence[str]) -> 
 def facts(settings: Settings, url: str, models: Sequence[str], store: Mapping[str, Any]) -> list[str]:
     """What one wants to know about a server that just began to listen, a line for each."""
     workers = settings.server.workers
+    shown = '-H "Authorization: Bearer $LLMSTREAM_API_KEY" ' if settings.authenticated else ""
     return [
         f"llmstream {__version__} listens on {url}" + (f" with {workers} workers" if workers > 1 else ""),
         f"models  {', '.join(models) or 'whatever the providers serve'}",
         f"store   {_store(settings, store)}",
         f'try     {program()} chat "Why is the sky blue?"',
-        f"        curl -N {url}/chat -H 'Content-Type: application/json' -d '{{\"message\": \"Hello!\"}}'",
+        f"        curl -N {url}/chat {shown}-H 'Content-Type: application/json' -d '{{\"message\": \"Hello!\"}}'",
     ]
 
 
