@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
 
-from llmstream.config_schema import MASK, Section, comma_separated
+from llmstream.config_schema import Section, comma_separated
 from llmstream.types import Scope
 
 KEY_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY_NAME_RULE = "up to 64 letters, digits and . _ - that begin with a letter or digit"
 MIN_API_KEY = 16
-"""Characters: shorter ones can be guessed."""
+"""Characters: shorter ones can be guessed, or are the mask of --print-config."""
 
 
 class KeySettings(Section):
@@ -94,8 +94,7 @@ def split_keys(text: str) -> list[str]:
 
 
 def _api_key(value: str) -> str:
-    # Masked output of --print-config must not become a key that everybody knows.
-    if len(value) < MIN_API_KEY or not re.fullmatch(r"[!-~]+", value) or "," in value or value.startswith(MASK):
+    if len(value) < MIN_API_KEY or not re.fullmatch(r"[!-~]+", value) or "," in value:
         raise ValueError(
             f"{MIN_API_KEY} or more printable ASCII characters without spaces and commas, for example what "
             "'openssl rand -hex 32' prints"

@@ -229,6 +229,19 @@ async def test_no_repeated_request_leads_to_the_job(victim: Victim, path: str, k
     assert await victim.states() == before
 
 
+@pytest.mark.parametrize("durability", ["full", "memory"])
+async def test_a_session_is_its_principals(victim: Victim, durability: str) -> None:
+    """Sessions of the same name are different sessions: each principal reads its own latest answer."""
+    session, made = f"shared-{durability}", {}
+    for name in ("alice", "bob"):
+        async with client(victim.server, secret(name)) as http:
+            job = await submit(http, message=f"for {name}", session_id=session, durability=durability)
+            made[name] = job["task_id"]
+    for name in ("alice", "bob"):
+        async with client(victim.server, secret(name)) as http, http.get(f"/stream/{session}") as response:
+            assert response.headers["x-job-id"] == made[name]
+
+
 @pytest.mark.parametrize(("method", "path"), sorted(LISTING))
 async def test_no_list_names_the_jobs(victim: Victim, method: str, path: str) -> None:
     """Lists and statistics hold nothing of the victim's; its own lists do, and an admin's."""
@@ -244,7 +257,9 @@ async def test_no_list_names_the_jobs(victim: Victim, method: str, path: str) ->
         assert '"alice' not in texts[name]
     if path == "/jobs":
         own = {row["task_id"] for row in json.loads(texts["alice"])["data"]}
-        assert own == {job["task_id"] for job in victim.jobs} - {victim.memory["task_id"]}
+        assert own >= {job["task_id"] for job in victim.jobs} - {victim.memory["task_id"]}
+        for job_id in own:
+            assert (await victim.server.gateway.job(job_id)).job.principal == "alice"
         assert own < {row["task_id"] for row in json.loads(texts["admin"])["data"]}
     if path == "/jobs/dead":
         for name in ("alice", "admin"):
