@@ -23,9 +23,9 @@ from llmstream.routing.router import Router
 from llmstream.scheduler.audience import MemorySeat, Seat
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.follower import Follower
-from llmstream.store.jobs import OWNED_JOBS
 from llmstream.store.lanes import Census, Lanes, Standing
 from llmstream.store.memory import in_memory
+from llmstream.store.owned import OWNED_JOBS
 from llmstream.store.readers import NOBODY, Lease
 from llmstream.store.repeats import digest
 from llmstream.store.store import Store, open_store
@@ -219,7 +219,7 @@ class Gateway:
         most = limit if principal is None else OWNED_JOBS
         found = [job_id for pool in self._scheduler.pools.values() for job_id in await pool.lanes.dead(most)]
         if principal is not None:
-            own = set(await self._store.jobs.owned(principal))
+            own = set(await self._store.owned.latest(principal))
             found = [job_id for job_id in found if job_id in own]
         states = await self._store.jobs.find_all(found)
         return sorted(states, key=lambda state: state.finished_at or 0.0, reverse=True)[:limit]
@@ -243,7 +243,7 @@ class Gateway:
 
     async def recent(self, limit: int = 50, principal: str | None = None) -> list[JobState]:
         """The latest jobs of all pools of all replicas, newest first; those of one principal, if it is named."""
-        found = [] if principal is None else await self._store.jobs.owned(principal, limit)
+        found = [] if principal is None else await self._store.owned.latest(principal, limit)
         for pool in await self._store.pools() if principal is None else ():
             found += await self._lanes(pool).recent(limit)
         states = await self._store.jobs.find_all(found)
@@ -344,7 +344,7 @@ class Gateway:
         first_s = max(self.settings.disconnect.grace_s, job.grace_s or 0.0)
         expected = Lease(NOBODY, first_s - (job.grace_s or 0.0))
         if self.access is not None:
-            self._store.jobs.note_owned(job)
+            self._store.owned.note(job)
         created = await self._store.jobs.create(job, seat.lease if seat else expected)
         if created is None:
             raise identity.conflict() if identity else Conflict(f"The job id {job.id!r} is taken.", param="job_id")
@@ -371,7 +371,7 @@ class Gateway:
         if created is None:
             return
         if self.access is not None:
-            self._store.jobs.note_owned(job)
+            self._store.owned.note(job)
         if job.session_id is not None:  # also when its end was written again before
             await self._store.jobs.join_session(job.session_id, job)
         if created.status not in TERMINAL:

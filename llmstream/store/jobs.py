@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from typing import Any, Literal, NamedTuple
 
@@ -21,10 +20,6 @@ from llmstream.store.recent import RETRY_S, Recent, Trail
 from llmstream.types import LOCAL, TERMINAL, EventId, Failure, Finished, Job, JobState, Started, Usage
 
 _SESSION_JOBS = 100
-OWNED_JOBS = 1000
-"""A principal's list of its own jobs remembers so many."""
-
-logger = logging.getLogger(__name__)
 
 
 class _Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -273,19 +268,7 @@ class Jobs:
 
     async def session_jobs(self, session_id: str, principal: str = LOCAL) -> list[str]:
         """Ids of the jobs of a principal's session, latest first; empty for an unknown session."""
-        return await self._listed(self._keys.session(session_id, principal), -1)
-
-    def note_owned(self, job: Job) -> None:
-        """Notes a job as the latest of its principal. Travels with the next batch."""
-        step = (repr(job.created_at), job.id, self._unfinished_ms, OWNED_JOBS)
-        self._pipeline.defer_script(JOIN, [self._keys.owned(job.principal)], step, _noted)
-
-    async def owned(self, principal: str, limit: int = OWNED_JOBS) -> list[str]:
-        """Ids of a principal's jobs, latest first."""
-        return await self._listed(self._keys.owned(principal), limit - 1)
-
-    async def _listed(self, key: str, last: int) -> list[str]:
-        found = await self._pipeline.call("ZRANGE", key, 0, last, "REV")
+        found = await self._pipeline.call("ZRANGE", self._keys.session(session_id, principal), 0, -1, "REV")
         return [raw.decode() for raw in found]
 
     def _all(self, job_id: str) -> list[str]:
@@ -317,11 +300,6 @@ class Jobs:
                 if isinstance(error, StoreError) or loop.time() >= deadline:
                     raise
             await asyncio.sleep(RETRY_S)
-
-
-def _noted(_reply: Any, error: Exception | None) -> None:
-    if error is not None:
-        logger.warning("a job will be missing in its principal's list: %s", error)
 
 
 def _encode_outcome(finished: Finished) -> bytes:

@@ -22,6 +22,7 @@ from llmstream.store.lanes import Lanes
 from llmstream.store.log import Log
 from llmstream.store.memory import Memory, in_memory
 from llmstream.store.node import Node
+from llmstream.store.owned import Owned
 from llmstream.store.pipeline import Sender
 from llmstream.store.rate_limits import RateLimits
 from llmstream.store.readers import Readers
@@ -74,6 +75,7 @@ class Store:
         )
         self.readers = Readers(self.writes, self.keys)
         self.rate_limits = RateLimits(self.writes, self.keys)
+        self.owned = Owned(self.writes, self.keys, ttl_s=settings.unfinished_retention_s)
         self.api_keys = ApiKeys(self.writes, self._surest, self.keys)
         self.repeats = Repeats(self.writes, self.keys, self.recent)
         self.log = Log(
@@ -142,6 +144,7 @@ class Store:
     async def close(self) -> None:
         await self.presence.close()
         await self.recent.close()
+        self.owned.flush()
         for part in (self.signals, self.tail, self._servers):
             await part.close()
 
