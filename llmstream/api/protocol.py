@@ -79,10 +79,6 @@ class Connection(web.RequestHandler):
         self._began = False
         """Whether the client has said anything."""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._expect_headers()
-
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._began = True
@@ -113,6 +109,7 @@ class Connection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._expect_headers()
         connection = transport.get_extra_info("socket")
         if _TCP_USER_TIMEOUT is not None and connection is not None and connection.family in _TCP_FAMILIES:
             # A host that vanished without a word would otherwise keep its streams for a quarter of an hour.

@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 
-from llmstream.config import ModelSettings, SchedulerSettings, ServerSettings, Settings
+from llmstream.config import DeadlineSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
 from llmstream.server import Server
 from tests.conftest import echo_settings
 
@@ -31,6 +31,7 @@ def keyed_settings(data_dir: Path, *, security: object = None, **sections: objec
         "server": ServerSettings(port=0, shutdown_grace_s=1),
         "models": {"echo": model, "other": model},
         "scheduler": SchedulerSettings(max_attempts=1),
+        "deadlines": DeadlineSettings(total_s=3600, first_token_s=3600, stall_s=3600),
         "keys": keys,
         "security": security or {},
     }
