@@ -12,28 +12,16 @@ from urllib.parse import SplitResult, urlsplit
 
 import yaml
 from msgspec.structs import replace
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, SecretStr, field_validator, model_validator
 
-from llmstream.config_schema import Setting, plain, schema_of
+from llmstream.config_schema import Section, Setting, comma_separated, plain, schema_of
+from llmstream.config_security import KEY_NAME_PATTERN, KEY_NAME_RULE, KeySettings, SecuritySettings
 from llmstream.config_sources import build
 from llmstream.config_variables import from_known_variables
 from llmstream.presets import PRESETS, Capabilities, ContinueBy, Preset, StreamUsage, preset_of
 
 OnDisconnect = Annotated[str, Field(pattern=r"^(cancel|continue|grace|grace\([0-9]{1,5}(\.[0-9]{1,3})?s\))$")]
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        # YAML reads ``port: yes`` as true, which pydantic would take for 1.
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation not in (bool, bool | None):
-            raise PydanticCustomError("truth_value", "a truth value is not allowed here")
-        return value
 
 
 def default_data_dir() -> Path:
@@ -55,6 +43,13 @@ class ServerSettings(Section):
     """On SIGTERM, seconds that open streams and running jobs get before they are cut and left to be taken over."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 20 * 1024 * 1024
     """Largest accepted request body."""
+    max_header_bytes: Annotated[int, Field(ge=1024, le=1024 * 1024)] = 8190
+    """Longest request line, and longest single header."""
+    header_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """What a sender gets to begin, and then to complete, a request's headers; a connection between two requests may be
+    silent for longer."""
+    body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """What a sender gets for its whole body."""
     ping_s: Annotated[float, Field(gt=0)] = 15.0
     """Seconds between comment lines on a silent SSE stream."""
     retry_window_s: Annotated[float, Field(ge=0)] = 600.0
@@ -232,10 +227,7 @@ class ProviderSettings(Section):
             raise ValueError("an http:// or https:// URL with a host, for example https://api.openai.com/v1")
         return url
 
-    @field_validator("models", "rename", mode="before")
-    @classmethod
-    def _comma_separated(cls, names: Any) -> Any:
-        return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else names
+    _lists = field_validator("models", "rename", mode="before")(comma_separated)
 
 
 class PriceSettings(Section):
@@ -296,6 +288,9 @@ class Settings(Section):
     scheduler: SchedulerSettings = SchedulerSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
     disconnect: DisconnectSettings = DisconnectSettings()
+    security: SecuritySettings = SecuritySettings()
+    keys: dict[str, KeySettings] = {}
+    """API keys by the name of the principal that shows them."""
     models: dict[str, ModelSettings] = {}
     """Local models by the name clients ask for. With neither models nor providers, ``smollm2`` is served."""
     providers: dict[str, ProviderSettings] = {}
@@ -307,8 +302,8 @@ class Settings(Section):
 
     @property
     def authenticated(self) -> bool:
-        """Whether callers must show an API key. There are no keys yet, so nobody else may reach the server."""
-        return False
+        """Whether callers must show an API key; without one only programs on this machine may reach the server."""
+        return bool(self.keys) or self.security.api_key is not None or self.security.keys_required
 
     @field_validator("data_dir")
     @classmethod
@@ -351,8 +346,8 @@ def _contradictions(settings: Settings) -> Iterator[str]:
     server, lease, total = settings.server, settings.scheduler.lease_s, settings.deadlines.total_s
     if not server.loopback and not settings.authenticated:
         yield (
-            f"server.host = {server.host!r}: other machines could use this server without a key, and API keys are not "
-            "supported yet; listen on 127.0.0.1 or ::1 and put a proxy that authenticates in front"
+            f"server.host = {server.host!r}: other machines could use this server without a key; set API_KEYS or keys, "
+            "or security.keys_required to use those of 'llmstream keys create', or listen on 127.0.0.1 or ::1"
         )
     # A lease of up to two seconds is never the mistake, however short the jobs are.
     if lease > max(total, 2.0):
@@ -369,6 +364,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         yield "models.remote: this name stands for the pool of all remote providers; choose another"
     for name in sorted(settings.models.keys() & settings.providers.keys()):
         yield f"models.{name}, providers.{name}: a local model and a provider share this name; rename one"
+    yield from _key_problems(settings)
     for name in [*settings.models, *settings.providers]:
         if not NAME_PATTERN.fullmatch(name):
             yield (
@@ -385,6 +381,15 @@ def _incomplete(settings: Settings) -> Iterator[str]:
     for name in settings.prices:
         if not NAME_PATTERN.fullmatch(name.removesuffix("/*")):
             yield f"prices: the name {name[:80]!r} is not allowed; expected PROVIDER/MODEL, MODEL or PROVIDER/*"
+
+
+def _key_problems(settings: Settings) -> Iterator[str]:
+    for name in settings.keys:
+        if not KEY_NAME_PATTERN.fullmatch(name):
+            yield f"keys: the name {name[:80]!r} is not allowed; expected {KEY_NAME_RULE}"
+    shown = [key.value.get_secret_value() for key in settings.keys.values()] + settings.security.api_keys
+    if len(set(shown)) < len(shown):
+        yield "keys, security.api_key: the same API key is here twice; each principal needs one of its own"
 
 
 def store_urls(url: str) -> list[str]:

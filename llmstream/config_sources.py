@@ -16,7 +16,13 @@ from llmstream.errors import ConfigError
 
 PREFIX = "LLMSTREAM_"
 CONFIG_VARIABLE = "LLMSTREAM_CONFIG"
-ALIASES: Mapping[str, Key] = {"REDIS_URL": ("store", "url"), "PORT": ("server", "port")}
+CLIENT_VARIABLE = "LLMSTREAM_API_KEY"
+"""What our own commands show to a server; no setting."""
+ALIASES: Mapping[str, Key] = {
+    "REDIS_URL": ("store", "url"),
+    "PORT": ("server", "port"),
+    "API_KEYS": ("security", "api_key"),
+}
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -126,7 +132,7 @@ def from_environment(schema: Schema, env: Mapping[str, str], known: Iterable[Key
     values: Values = {}
     for variable in sorted(env, key=lambda name: (name.startswith(PREFIX), name not in ALIASES, name)):
         value, bare = env[variable], variable.removeprefix(PREFIX)
-        if not value or variable == CONFIG_VARIABLE or bare != bare.upper():
+        if not value or variable in (CONFIG_VARIABLE, CLIENT_VARIABLE) or bare != bare.upper():
             continue
         key = _key_of(schema, bare)
         if key is None:

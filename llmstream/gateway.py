@@ -13,9 +13,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from llmstream.access.access import Access, open_access
 from llmstream.config import Settings
 from llmstream.duplicates import Duplicates, Identity
-from llmstream.errors import BadRequest, Conflict, NotFound, Overloaded, ShuttingDown, StoreUnavailable
+from llmstream.errors import BadRequest, Conflict, ModelNotFound, NotFound, Overloaded, ShuttingDown, StoreUnavailable
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
 from llmstream.providers.tokens import Tokenizer
@@ -27,6 +28,7 @@ from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.follower import Follower
 from llmstream.store.lanes import Census, Lanes, Standing
 from llmstream.store.memory import in_memory
+from llmstream.store.owned import OWNED_JOBS
 from llmstream.store.readers import NOBODY, Lease
 from llmstream.store.repeats import digest
 from llmstream.store.store import Store, open_store
@@ -35,6 +37,7 @@ from llmstream.telemetry.origin import ORIGIN
 from llmstream.transcript import Transcript
 from llmstream.types import (
     BEGINNING,
+    LOCAL,
     TERMINAL,
     Clock,
     Durability,
@@ -47,6 +50,7 @@ from llmstream.types import (
     Principal,
     Restart,
     new_id,
+    own_id,
 )
 
 DEFAULT_RETRY_AFTER_S = 1.0
@@ -66,8 +70,11 @@ class Gateway:
         scheduler: Scheduler,
         clock: Clock = time.time,
         observer: Observer | None = None,
+        access: Access | None = None,
     ) -> None:
         self.settings = settings
+        self.access = access
+        """Who may use the gateway; None: everybody who can reach it."""
         self.replica = scheduler.replica
         self.observer = observer or Observer()
         self._store = store
@@ -191,9 +198,10 @@ class Gateway:
             await self._lanes(state.job.pool).remove(job_id)
         return state
 
-    async def requeue(self, job_id: str) -> Job:
+    async def requeue(self, job_id: str, principal: Principal | None = None) -> Job:
         """Runs a failed or cancelled job once more: as a new job, for the old one's log has its end, and every reader
         has seen it. The new one begins with the old one's answer where that can be continued. Repeating it is fine.
+        It belongs to whom the old one belongs, and ``principal`` says what may be asked for.
 
         Raises NotFound, Conflict for a job that did not fail, and what :meth:`submit` raises.
         """
@@ -204,7 +212,7 @@ class Gateway:
             raise Conflict(f"Job {job_id!r} is {state.status}; only failed and cancelled jobs can be requeued.")
         old = state.job
         deadline_s = None if old.expires_at is None else old.expires_at - old.created_at
-        principal = Principal(id=old.principal)
+        principal = replace(principal or Principal(), id=old.principal)
         job = await self._admit(old.request, principal, old.priority, old.session_id, deadline_s, old.durability, None)
         name = digest("requeue", old.id)
         new_id = await self._store.repeats.point(name, job.id, self.settings.store.retention_s)
@@ -212,31 +220,38 @@ class Gateway:
         await self._lanes(old.pool).revive(old.id)
         return job
 
-    async def dead(self, limit: int = 50) -> list[JobState]:
-        """Jobs of all pools this replica knows that failed after all their attempts, latest first."""
-        found = [job_id for pool in self._scheduler.pools.values() for job_id in await pool.lanes.dead(limit)]
+    async def dead(self, limit: int = 50, principal: str | None = None) -> list[JobState]:
+        """Jobs of all pools this replica knows that failed after all their attempts, latest first; those of one
+        principal, if it is named."""
+        most = limit if principal is None else OWNED_JOBS
+        found = [job_id for pool in self._scheduler.pools.values() for job_id in await pool.lanes.dead(most)]
+        if principal is not None:
+            own = set(await self._store.owned.latest(principal))
+            found = [job_id for job_id in found if job_id in own]
         states = await self._store.jobs.find_all(found)
         return sorted(states, key=lambda state: state.finished_at or 0.0, reverse=True)[:limit]
 
-    async def latest_job(self, session_id: str) -> str:
-        """Id of the latest job of a session; a job without a session is a session of its own. Raises NotFound."""
+    async def latest_job(self, session_id: str, principal: str = LOCAL) -> str:
+        """Id of the latest job of a principal's session; a job without a session is a session of its own. Raises
+        NotFound."""
         if in_memory(session_id):
             return (await self.job(session_id)).job.id
-        jobs = await self._store.jobs.session_jobs(session_id)
-        if own := self._store.memory.latest(session_id):
+        jobs = await self._store.jobs.session_jobs(session_id, principal)
+        if own := self._store.memory.latest(session_id, principal):
             logged = await self._store.jobs.find(jobs[0]) if jobs else None
             if logged is None or logged.job.created_at < own.job.created_at:
                 return own.job.id
         if jobs:
             return jobs[0]
-        if await self._store.jobs.find(session_id) is None:
-            raise NotFound(f"There is no session {session_id!r}; it never existed or its retention time is over.")
-        return session_id
+        for job_id in dict.fromkeys((session_id, own_id(principal, session_id))):
+            if await self._store.jobs.find(job_id) is not None:
+                return job_id
+        raise NotFound(f"There is no session {session_id!r}; it never existed or its retention time is over.")
 
-    async def recent(self, limit: int = 50) -> list[JobState]:
-        """The latest jobs of all pools of all replicas, newest first."""
-        found: list[str] = []
-        for pool in await self._store.pools():
+    async def recent(self, limit: int = 50, principal: str | None = None) -> list[JobState]:
+        """The latest jobs of all pools of all replicas, newest first; those of one principal, if it is named."""
+        found = [] if principal is None else await self._store.owned.latest(principal, limit)
+        for pool in await self._store.pools() if principal is None else ():
             found += await self._lanes(pool).recent(limit)
         states = await self._store.jobs.find_all(found)
         return sorted(states, key=lambda state: state.job.created_at, reverse=True)[:limit]
@@ -296,6 +311,11 @@ class Gateway:
         durability = durability or self.settings.store.durability
         if self._store.presence.trouble is not None and durability != "memory":
             raise StoreUnavailable(self._store.presence.trouble.message, retry_after=STORE_RETRY_AFTER_S)
+        _refuse_long_prompt(request, self.settings.security.max_prompt_chars)
+        if not principal.may_use(request.model):
+            raise ModelNotFound(
+                f"This API key has no model {request.model!r}; GET /v1/models lists its models.", param="model"
+            )
         target = self._router.target(request)
         await target.provider.check(request)
         self._store.check(durability)
@@ -333,6 +353,8 @@ class Gateway:
         """Puts a job on record and in line; both may have been done before by an equal request."""
         first_s = max(self.settings.disconnect.grace_s, job.grace_s or 0.0)
         expected = Lease(NOBODY, first_s - (job.grace_s or 0.0))
+        if self.access is not None:
+            self._store.owned.note(job)
         created = await self._store.jobs.create(job, seat.lease if seat else expected)
         if created is None:
             raise identity.conflict() if identity else Conflict(f"The job id {job.id!r} is taken.", param="job_id")
@@ -360,6 +382,8 @@ class Gateway:
         created = await self._store.jobs.create(job, expected)
         if created is None:
             return
+        if self.access is not None:
+            self._store.owned.note(job)
         if job.session_id is not None:  # also when its end was written again before
             await self._store.jobs.join_session(job.session_id, job)
         if created.status not in TERMINAL:
@@ -379,6 +403,15 @@ class Gateway:
     def _lanes(self, pool: str) -> Lanes:
         known = self._scheduler.pools.get(pool)
         return known.lanes if known is not None else self._store.lanes(pool, self.settings.scheduler)
+
+
+def _refuse_long_prompt(request: GenerateRequest, limit: int | None) -> None:
+    if limit is not None and (size := request.prompt_chars) > limit:
+        raise BadRequest(
+            f"The prompt has {size} characters, and {limit} are allowed (security.max_prompt_chars); shorten it.",
+            param="messages" if request.kind == "chat" else "prompt",
+            code="prompt_too_long",
+        )
 
 
 async def _timed(look: Any) -> dict[str, Any]:
@@ -421,7 +454,8 @@ async def open_gateway(
         )
         watch_pools(observer, store, scheduler.pools)
         await scheduler.open()
-        gateway = Gateway(settings, store, router, scheduler, clock, observer)
+        access = await open_access(settings, store, clock)
+        gateway = Gateway(settings, store, router, scheduler, clock, observer, access)
         try:
             yield gateway
         finally:

@@ -63,8 +63,14 @@ class Server:
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             self._gateway = await stack.enter_async_context(open_gateway(self.settings, progress=self._progress))
+            server = self.settings.server
             runner = Runner(
-                create_app(self.settings, gateway=self._gateway), access_log=None, shutdown_timeout=HANDLER_GRACE_S
+                create_app(self.settings, gateway=self._gateway),
+                header_timeout_s=server.header_timeout_s,
+                max_line_size=server.max_header_bytes,
+                max_field_size=server.max_header_bytes,
+                access_log=None,
+                shutdown_timeout=HANDLER_GRACE_S,
             )
             await runner.setup()
             stack.push_async_callback(runner.cleanup)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -181,6 +182,12 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, kw_only=True, dic
         return list(self.body.get("messages") or [])
 
     @property
+    def prompt_chars(self) -> int:
+        """Characters of text in the conversation or prompt."""
+        contents = [message.get("content") for message in self.messages] or [self.body.get("prompt")]
+        return sum(map(_chars, contents))
+
+    @property
     def max_tokens(self) -> int | None:
         return self._seen.max_completion_tokens or self._seen.max_tokens
 
@@ -193,10 +200,70 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, kw_only=True, dic
         return _glance(self.raw)
 
 
-class Principal(Struct, frozen=True, omit_defaults=True):
-    """Who asks. Jobs of different principals at the same priority take turns."""
+Scope = Literal["read", "generate", "admin"]
+SCOPES: tuple[Scope, ...] = ("read", "generate", "admin")
+"""Each holds those before it: ``read`` sees its principal's own jobs, ``generate`` also makes, cancels and requeues
+them, ``admin`` does all that with everybody's."""
 
-    id: str = "local"
+
+def _chars(content: Any) -> int:
+    if isinstance(content, list):
+        return sum(map(_chars, content))
+    if isinstance(content, dict):
+        content = content.get("text")
+    return len(content) if isinstance(content, str) else 0
+
+
+LOCAL = "local"
+"""The principal of a server without keys."""
+
+
+class Principal(Struct, frozen=True, omit_defaults=True):
+    """Who asks, and what they may. Jobs of different principals at the same priority take turns.
+
+    The default is who asks a server without keys: may do everything.
+    """
+
+    id: str = LOCAL
+    scopes: tuple[Scope, ...] = SCOPES
+    models: tuple[str, ...] | None = None
+    """Patterns such as ``gpt-*`` of the models that may be asked for; None: all."""
+
+    @property
+    def is_admin(self) -> bool:
+        return "admin" in self.scopes
+
+    def may_use(self, model: str) -> bool:
+        """Whether a model may be asked for by this name."""
+        return self.models is None or any(fnmatchcase(model, pattern) for pattern in self.models)
+
+    def owns(self, job: Job) -> bool:
+        """Whether a job may be seen: what belongs to others does not exist."""
+        return job.principal == self.id or self.is_admin
+
+
+class ApiKey(Struct, frozen=True, omit_defaults=True):
+    """What is kept of an API key: all but its secret."""
+
+    id: str
+    name: str
+    """The principal; several keys may have the same."""
+    salt: str
+    digest: str
+    """Hex of the secret's salted hash."""
+    scopes: tuple[Scope, ...]
+    created_at: float
+    expires_at: float
+    models: tuple[str, ...] | None = None
+
+    @property
+    def principal(self) -> Principal:
+        return Principal(id=self.name, scopes=self.scopes, models=self.models)
+
+
+def scopes_upto(scopes: Iterable[Scope]) -> tuple[Scope, ...]:
+    """All scopes that the given ones hold."""
+    return SCOPES[: max((SCOPES.index(scope) + 1 for scope in scopes), default=0)]
 
 
 class Job(Struct, frozen=True, omit_defaults=True):
@@ -206,7 +273,7 @@ class Job(Struct, frozen=True, omit_defaults=True):
     request: GenerateRequest
     pool: str
     created_at: float
-    principal: str = "local"
+    principal: str = LOCAL
     priority: int = 0
     session_id: str | None = None
     expires_at: float | None = None
@@ -266,6 +333,11 @@ class ModelInfo(Struct, frozen=True, omit_defaults=True):
     context: int | None = None
     """Tokens of prompt and answer together; None where the provider does not say."""
     extra: Mapping[str, Any] = {}
+
+
+def own_id(principal: str, name: str) -> str:
+    """The job id that a caller's own id stands for; those of different principals never meet."""
+    return name if principal == LOCAL else f"{principal}:{name}"
 
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"

@@ -37,3 +37,4 @@ class Streams:
 GATEWAY = web.AppKey("gateway", Gateway)
 STREAMS = web.AppKey("streams", Streams)
 PINGS = web.AppKey("pings", Pings)
+BODY_TIMEOUT_S = web.AppKey("body_timeout_s", float)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from llmstream.api.access import open_as
 from llmstream.api.keys import GATEWAY
 from llmstream.telemetry.exposition import exposition
 from llmstream.telemetry.snapshot import merged
@@ -12,6 +13,7 @@ routes = web.RouteTableDef()
 
 
 @routes.get("/metrics")
+@open_as("metrics")
 async def metrics(request: web.Request) -> web.Response:
     """All metrics of all replica processes behind this port, as Prometheus text or OpenMetrics."""
     observer = request.app[GATEWAY].observer

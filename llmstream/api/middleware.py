@@ -9,8 +9,10 @@ import math
 from aiohttp import web
 
 from llmstream.api.observing import CLIENT_LEFT, REQUEST_ID, Handler
-from llmstream.errors import BadRequest, LLMStreamError, error_body
+from llmstream.errors import BadRequest, Forbidden, LLMStreamError, Unauthorized, error_body
 from llmstream.types import Failure
+
+CHALLENGE = 'Bearer realm="llmstream"'
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except LLMStreamError as error:
-        return _response(error.failure(), error.http_status, error.retry_after)
+        return _response(error.failure(), error.http_status, error.retry_after, _challenge(error))
     except web.HTTPException as error:
         return refusal(request, error)
     except asyncio.CancelledError:
@@ -51,10 +53,16 @@ def refusal(request: web.BaseRequest, error: web.HTTPException) -> web.Response:
     return _response(_http_failure(request, error), error.status, None, dict(error.headers))
 
 
+def _challenge(error: LLMStreamError) -> dict[str, str] | None:
+    if isinstance(error, Unauthorized):
+        return {"WWW-Authenticate": CHALLENGE}
+    return {"WWW-Authenticate": f'{CHALLENGE}, error="insufficient_scope"'} if isinstance(error, Forbidden) else None
+
+
 def _response(
     failure: Failure, status: int, retry_after: float | None, headers: dict[str, str] | None = None
 ) -> web.Response:
-    kept = {"Allow": headers["Allow"]} if headers and "Allow" in headers else {}
+    kept = {name: value for name, value in (headers or {}).items() if name in {"Allow", "WWW-Authenticate"}}
     if status == 409:
         kept["x-should-retry"] = "false"  # official SDKs would otherwise repeat what stays refused
     if retry_after is None and status in {429, 503}:

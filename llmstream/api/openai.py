@@ -8,6 +8,7 @@ from urllib.parse import quote
 import msgspec
 from aiohttp import web
 
+from llmstream.api.access import PRINCIPAL, caller, needs
 from llmstream.api.body import read_json, validate
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
@@ -29,6 +30,7 @@ routes = web.RouteTableDef()
 
 
 @routes.post("/v1/chat/completions")
+@needs("generate")
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """Generates an answer: as a stream that can be resumed, or whole."""
     gateway = request.app[GATEWAY]
@@ -38,6 +40,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     known = identity(request, schema.job_id, body)
     job, follower = await gateway.start(
         openai_request("chat", schema, body, raw),
+        principal=request.get(PRINCIPAL),
         priority=schema.priority,
         session_id=schema.session_id,
         deadline_s=schema.deadline_s,
@@ -57,11 +60,12 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
 
 
 @routes.get("/v1/chat/completions/{completion_id}", name=COMPLETION, allow_head=False)
+@needs("read")
 async def get_chat_completion(request: web.Request) -> web.StreamResponse:
     """A stored completion; with ``?stream=true`` its stream, from the beginning or behind ``Last-Event-ID``."""
     gateway = request.app[GATEWAY]
-    job_id = request.match_info["completion_id"].removeprefix("chatcmpl-")
-    state = await gateway.job(job_id)
+    state = await caller(request).job(request.match_info["completion_id"].removeprefix("chatcmpl-"))
+    job_id = state.job.id
     if state.job.request.kind != "chat":
         raise NotFound(f"Job {job_id!r} is not a chat completion.")
     headers = _headers(request, state.job)
@@ -79,19 +83,20 @@ async def get_chat_completion(request: web.Request) -> web.StreamResponse:
 
 
 @routes.get("/v1/models")
+@needs("read")
 async def list_models(request: web.Request) -> web.Response:
     """What this service can run now."""
-    gateway = request.app[GATEWAY]
-    return web.json_response({"object": "list", "data": [_model(gateway, model) for model in gateway.models]})
+    return web.json_response({"object": "list", "data": [_model(model) for model in caller(request).models]})
 
 
 @routes.get("/v1/models/{model:.+}")
+@needs("read")
 async def get_model(request: web.Request) -> web.Response:
     """One model."""
-    gateway, name = request.app[GATEWAY], request.match_info["model"]
-    for model in gateway.models:
+    name = request.match_info["model"]
+    for model in caller(request).models:
         if model.name == name:
-            return web.json_response(_model(gateway, model))
+            return web.json_response(_model(model))
     raise ModelNotFound(f"The model {name!r} does not exist here; GET /v1/models lists what does.", param="model")
 
 
@@ -164,7 +169,7 @@ def _flag(request: web.Request, name: str) -> bool:
     return value in {"true", "1"}
 
 
-def _model(gateway: Gateway, model: ModelInfo) -> dict[str, object]:
+def _model(model: ModelInfo) -> dict[str, object]:
     body: dict[str, object] = {
         "id": model.name,
         "object": "model",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -21,7 +22,7 @@ from typing import Literal
 from urllib.parse import quote
 
 from llmstream.errors import ConfigError, StoreUnavailable
-from llmstream.store.lock import DirectoryLock
+from llmstream.store.lock import LOCK_NAME, DirectoryLock
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class EmbeddedStore:
     @property
     def url(self) -> str:
         """Where clients connect: a ``unix://`` URL; it stays the same over restarts of the server."""
-        return f"unix://{quote(str(self._socket))}"
+        return _url(self._socket)
 
     @property
     def pid(self) -> int | None:
@@ -256,6 +257,24 @@ class EmbeddedStore:
                 self._spawn()
             except OSError as error:
                 log.error("the embedded store could not be started: %s", error)
+
+
+async def find_running(data_dir: Path) -> str | None:
+    """The URL of the store that another process runs in ``data_dir/store``; None when nobody does."""
+    socket = _recorded_socket(data_dir / "store" / LOCK_NAME)
+    return _url(socket) if socket is not None and await _listening(socket) else None
+
+
+def _recorded_socket(lock: Path) -> Path | None:
+    try:
+        socket = json.loads(lock.read_bytes())["socket"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return Path(socket) if isinstance(socket, str) else None
+
+
+def _url(socket: Path) -> str:
+    return f"unix://{quote(str(socket))}"
 
 
 async def _ask(socket: Path, command: bytes) -> bytes:

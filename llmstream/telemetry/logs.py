@@ -32,6 +32,7 @@ _SECRETS = (
         rf"\1{MASK}",
     ),
     (("k-",), re.compile(r"\b(?:sk|pk|rk)-[\w-]{8,}"), MASK),
+    (("token=",), re.compile(r"([?&]token=)[^\s\"'&#]+"), rf"\1{MASK}"),
 )
 """What a secret looks like, behind what stands in all of its forms: to look for that first costs a tenth."""
 _encode = json.JSONEncoder(default=str).encode
