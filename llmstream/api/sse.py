@@ -226,19 +226,21 @@ class _Frames:
         self._wire = wire
 
     def put(self, entry: Entry) -> bool:
-        return self._send(render_entry(entry, self._wire), entry)
+        frames = render_entry(entry, self._wire)
+        if not entry.terminal:
+            return self._response.put(frames)
+        self._response.ending = frames
+        return True
 
     def write(self, entries: list[Entry]) -> None:
-        self._send(b"".join([render_entry(entry, self._wire) for entry in entries]), entries[-1])
+        frames = b"".join([render_entry(entry, self._wire) for entry in entries])
+        if entries[-1].terminal:
+            self._response.ending = frames
+        else:
+            self._response.put(frames)
 
     async def drained(self) -> None:
         await self._response.drained()
-
-    def _send(self, frames: bytes, last: Entry) -> bool:
-        if last.terminal:
-            self._response.ending = frames
-            return True
-        return self._response.put(frames)
 
 
 async def _pump(response: Stream, follower: Follower, wire: Format) -> None:
