@@ -18,7 +18,10 @@ from llmstream.config_schema import Setting, plain, schema_of
 from llmstream.config_sources import build
 
 OnDisconnect = Annotated[str, Field(pattern=r"^(cancel|continue|grace|grace\([0-9]{1,5}(\.[0-9]{1,3})?s\))$")]
+OnCut = Literal["fail", "restart"]
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+ROUTE_PATTERN = re.compile(r"[A-Za-z0-9*?][A-Za-z0-9._:/*?@-]{0,127}")
+Strategy = Literal["ordered", "weighted", "least_busy", "fastest", "cheapest"]
 
 
 class Section(BaseModel):
@@ -116,6 +119,16 @@ class SchedulerSettings(Section):
     """Remote generations one replica runs at once, over all providers."""
 
 
+class RetrySettings(Section):
+    base_s: Annotated[float, Field(ge=0)] = 1.0
+    """Longest wait before the second attempt; it doubles with every further one. The wait is a random part of it."""
+    cap_s: Annotated[float, Field(ge=0)] = 8.0
+    """Longest wait between two attempts, unless the upstream names a longer one (``Retry-After``)."""
+    on_cut: OnCut = "fail"
+    """What becomes of a stream on ``/v1`` whose model broke off where it cannot go on: ``fail`` keeps what was said,
+    ``restart`` begins anew and says so."""
+
+
 class DisconnectSettings(Section):
     streams: OnDisconnect = "grace"
     """What becomes of an answer on ``/v1`` that nobody reads any more: ``cancel``, ``continue``, ``grace``,
@@ -192,6 +205,35 @@ class ProviderSettings(Section):
         return [name.strip() for name in models.split(",") if name.strip()] if isinstance(models, str) else models
 
 
+class TargetSettings(Section):
+    provider: str
+    """A provider, or a local model, by its name here."""
+    model: str | None = None
+    """What the provider calls the model; None: as the client does."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the requests with strategy ``weighted``."""
+    price: Annotated[float, Field(ge=0)] | None = None
+    """What counts for strategy ``cheapest``, in any unit that all targets share; those without one come last."""
+
+
+class RouteSettings(Section):
+    targets: Annotated[list[TargetSettings], Field(min_length=1)]
+    """Who can answer, the preferred one first: ``[{provider: …, model: …, weight: …, price: …}, …]``."""
+    strategy: Strategy = "ordered"
+    """Who is asked first; the others follow when that one fails."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _yaml(cls, targets: Any) -> Any:
+        """A variable or a flag holds the list as YAML."""
+        if not isinstance(targets, str):
+            return targets
+        try:
+            return yaml.safe_load(targets)
+        except yaml.YAMLError as error:
+            raise ValueError("a list such as [{provider: openai, model: gpt-4o}, {provider: ollama}]") from error
+
+
 class LoggingSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severe messages to write."""
@@ -216,11 +258,14 @@ class Settings(Section):
     store: StoreSettings = StoreSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
+    retry: RetrySettings = RetrySettings()
     disconnect: DisconnectSettings = DisconnectSettings()
     models: dict[str, ModelSettings] = {}
     """Local models by the name clients ask for. With neither models nor providers, ``smollm2`` is served."""
     providers: dict[str, ProviderSettings] = {}
     """Remote APIs by name."""
+    routes: dict[str, RouteSettings] = {}
+    """Names that lead to several targets; ``*`` and ``?`` in a name stand for any characters, for any one."""
     logging: LoggingSettings = LoggingSettings()
 
     @property
@@ -283,6 +328,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             f"store.unfinished_retention_s = {kept:g}: running jobs would be forgotten before "
             f"deadlines.total_s = {total:g}; keep them longer"
         )
+    yield from _wrong_routes(settings)
     if "remote" in settings.models:
         yield "models.remote: this name stands for the pool of all remote providers; choose another"
     for name in sorted(settings.models.keys() & settings.providers.keys()):
@@ -293,6 +339,22 @@ def _contradictions(settings: Settings) -> Iterator[str]:
                 f"models, providers: the name {name[:80]!r} is not allowed; expected up to 128 letters, digits and "
                 ". _ : / - that begin with a letter or digit"
             )
+
+
+def _wrong_routes(settings: Settings) -> Iterator[str]:
+    for name in settings.models:
+        if name.startswith("remote:"):
+            yield f"models.{name}: names that begin with 'remote:' stand for pools of remote providers; choose another"
+    for name, route in settings.routes.items():
+        if not ROUTE_PATTERN.fullmatch(name):
+            yield (
+                f"routes: the name {name[:80]!r} is not allowed; expected up to 128 letters, digits and . _ : / @ - "
+                "that begin with a letter or digit, and * or ? for any characters"
+            )
+        for number, target in enumerate(route.targets):
+            if target.provider not in settings.providers and target.provider not in settings.models:
+                known = ", ".join(sorted([*settings.providers, *settings.models])) or "none"
+                yield f"routes.{name}.targets[{number}]: there is no provider {target.provider!r}; known: {known}"
 
 
 def store_urls(url: str) -> list[str]:

@@ -18,6 +18,7 @@ from llmstream.duplicates import Duplicates, Identity
 from llmstream.errors import BadRequest, Conflict, NotFound, Overloaded, ShuttingDown, StoreUnavailable
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
+from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
 from llmstream.scheduler.audience import MemorySeat, Seat
 from llmstream.scheduler.scheduler import Scheduler
@@ -78,19 +79,21 @@ class Gateway:
         durability: Durability | None = None,
         identity: Identity | None = None,
         grace_s: float | None = None,
+        restarts: bool = True,
     ) -> Job:
         """Accepts a job; from here on it reaches a terminal state whatever happens to this process. Only a memory job
         ends with the process.
 
         A request whose ``identity`` was accepted before is that job, which may be running or over. With ``grace_s`` it
-        is cancelled once nobody has read it for so long.
+        is cancelled once nobody has read it for so long. Without ``restarts`` an answer that its model breaks off where
+        it cannot go on fails, and keeps what was said.
 
         Raises BadRequest or ModelNotFound for what can never run, Overloaded with ``retry_after`` when the queue is
         full, Conflict when the identity belongs to a different request, ShuttingDown, StoreUnavailable. After an error
         nothing is left behind.
         """
         job = await self._admit(
-            request, principal or Principal(), priority, session_id, deadline_s, durability, grace_s
+            request, principal or Principal(), priority, session_id, deadline_s, durability, grace_s, restarts
         )
         if in_memory(job.id):
             return self._run_here(job, identity)
@@ -108,10 +111,11 @@ class Gateway:
         durability: Durability | None = None,
         identity: Identity | None = None,
         grace_s: float | None = None,
+        restarts: bool = True,
     ) -> tuple[Job, Follower]:
         """Like :meth:`submit`, and reads the job from its beginning; close the follower."""
         job = await self._admit(
-            request, principal or Principal(), priority, session_id, deadline_s, durability, grace_s
+            request, principal or Principal(), priority, session_id, deadline_s, durability, grace_s, restarts
         )
         if in_memory(job.id):
             return job, self.read(self._run_here(job, identity))
@@ -193,7 +197,9 @@ class Gateway:
         old = state.job
         deadline_s = None if old.expires_at is None else old.expires_at - old.created_at
         principal = Principal(id=old.principal)
-        job = await self._admit(old.request, principal, old.priority, old.session_id, deadline_s, old.durability, None)
+        job = await self._admit(
+            old.request, principal, old.priority, old.session_id, deadline_s, old.durability, None, old.restarts
+        )
         name = digest("requeue", old.id)
         new_id = await self._store.repeats.point(name, job.id, self.settings.store.retention_s)
         job = await self._enqueue(replace(job, id=new_id, fingerprint=name, continues=old.id))
@@ -278,20 +284,21 @@ class Gateway:
         deadline_s: float | None,
         durability: Durability | None,
         grace_s: float | None,
+        restarts: bool,
     ) -> Job:
         if self._closing:
             raise ShuttingDown("This replica is shutting down; try again, another one will answer.", retry_after=1)
         durability = durability or self.settings.store.durability
         if self._store.presence.trouble is not None and durability != "memory":
             raise StoreUnavailable(self._store.presence.trouble.message, retry_after=STORE_RETRY_AFTER_S)
-        target = self._router.target(request)
-        await target.provider.check(request)
+        route = self._router.route(request)
+        await route.check(request)
         self._store.check(durability)
         now, job_id = self._clock(), new_id(self._clock)
         return Job(
             id=self._store.memory.name(job_id) if durability == "memory" else job_id,
             request=request,
-            pool=target.provider.pool,
+            pool=route.pool,
             created_at=now,
             principal=principal.id,
             priority=priority,
@@ -299,6 +306,7 @@ class Gateway:
             expires_at=None if deadline_s is None else now + deadline_s,
             durability=durability,
             grace_s=grace_s,
+            restarts=restarts,
         )
 
     def _run_here(self, job: Job, identity: Identity | None) -> Job:
@@ -385,9 +393,15 @@ async def open_gateway(
         for provider in providers:
             stack.push_async_callback(provider.close)
             await provider.open()
-        router = Router(providers)
+        router = Router(providers, settings.routes)
         scheduler = Scheduler(
-            store, router, replica, settings=settings.scheduler, deadlines=settings.deadlines, clock=clock
+            store,
+            router,
+            replica,
+            settings=settings.scheduler,
+            deadlines=settings.deadlines,
+            backoff=Backoff(settings.retry),
+            clock=clock,
         )
         await scheduler.open()
         gateway = Gateway(settings, store, router, scheduler, clock)

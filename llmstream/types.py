@@ -184,6 +184,9 @@ class Job(Struct, frozen=True, omit_defaults=True):
     continues: str | None = None
     """The job that this one was requeued from: its answer goes on where that one stopped."""
     durability: Durability = "full"
+    restarts: bool = True
+    """Whether the answer may start over after its model broke off where it cannot go on; otherwise the job fails and
+    keeps what was said. After the death of a replica it starts over in any case."""
 
     @property
     def lane(self) -> Lane:

@@ -7,9 +7,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-from llmstream.config import DeadlineSettings, ModelSettings, SchedulerSettings
+from llmstream.config import DeadlineSettings, ModelSettings, RetrySettings, SchedulerSettings
 from llmstream.providers.base import Provider, Sink
 from llmstream.providers.echo import EchoProvider
+from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.lanes import Lanes
@@ -19,6 +20,7 @@ from llmstream.types import Clock, Delta, GenerateRequest, Job, ModelInfo, new_i
 
 MODEL = "echo"
 FAST = SchedulerSettings(lease_s=0.4)
+SHORTLY = Backoff(RetrySettings(base_s=0.01))
 
 Script = Callable[[GenerateRequest, Transcript | None], AsyncGenerator[Sequence[Delta], None]]
 
@@ -73,6 +75,7 @@ async def replica(
         name,
         settings=settings,
         deadlines=deadlines or DeadlineSettings(),
+        backoff=SHORTLY,
         clock=clock,
     )
     await scheduler.open()

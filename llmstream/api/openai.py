@@ -42,6 +42,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         durability=schema.durability,
         identity=identity(request, schema.job_id, body),
         grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),
+        restarts=not schema.stream or (schema.on_cut or gateway.settings.retry.on_cut) == "restart",
     )
     headers, stream = _headers(request, job), schema.stream
     wire = ChatFormat(job, include_usage=schema.include_usage)

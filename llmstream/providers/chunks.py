@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from llmstream.providers.refusals import complaint
+from llmstream.providers.refusals import Complaint, complaint
 from llmstream.types import Delta, Usage
 
 MAX_EVENT_BYTES = 32 * 1024 * 1024
@@ -107,6 +107,8 @@ class Answer(ABC):
         """Whether there is nothing more to read."""
         self.failure: str | None = None
         """What went wrong, going on from 'The provider …'; None after a whole answer."""
+        self.complaint: Complaint | None = None
+        """What the upstream itself said was wrong."""
         self._choices = choices
         self._seen: set[int] = set()
         self._finished: set[int] = set()
@@ -141,7 +143,8 @@ class Answer(ABC):
             self._fail(f"sent something malformed: {error}")
             return
         if chunk.error:
-            self._fail(f"reported an error instead of an answer: {complaint(chunk.error).message}")
+            self.complaint = complaint(chunk.error)
+            self._fail(f"reported an error instead of an answer: {self.complaint.message}")
             return
         added = len(deltas)
         deltas += [delta for choice in chunk.choices or () if (delta := self._delta(choice))]

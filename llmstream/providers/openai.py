@@ -18,14 +18,14 @@ import msgspec
 import openai
 
 from llmstream.config import ProviderSettings
-from llmstream.errors import ConfigError, ProviderError, UpstreamBroken
+from llmstream.errors import ConfigError, ProviderError, UpstreamBroken, UpstreamUnreachable
 from llmstream.providers.base import Sink
 from llmstream.providers.chunks import Answer, ChunkStream, WholeAnswer
 from llmstream.providers.http.client import Client
 from llmstream.providers.http.connection import Broken, Connection
 from llmstream.providers.http.origin import target
 from llmstream.providers.prefill import produced_tokens, upstream_body, with_earlier
-from llmstream.providers.refusals import refusal
+from llmstream.providers.refusals import Complaint, refusal, reported
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest, Kind, ModelInfo
 
@@ -117,7 +117,7 @@ class OpenAIProvider:
                     raise await self._refusal(response)
                 await self._read(response, self._answer(response, request.choices), put, sink)
         except Broken as error:
-            raise UpstreamBroken(self._says(f"could not be reached: {error}")) from None
+            raise UpstreamUnreachable(self._says(f"could not be reached: {error}")) from None
 
     async def health(self) -> dict[str, object]:
         """Asks for the list of models."""
@@ -175,6 +175,9 @@ class OpenAIProvider:
                 put(answer.close())
         except Broken as error:
             answer.cut(f"broke the connection off: {error}")
+        if answer.complaint is not None:
+            said = self._scrubbed(msgspec.json.encode(answer.complaint))
+            raise reported(msgspec.json.decode(said, type=Complaint), provider=self.name)
         if answer.failure is not None:
             raise UpstreamBroken(self._says(answer.failure))
 

@@ -13,6 +13,7 @@ _EXTENSIONS: Final[dict[str, type]] = {
     "deadline_s": object,
     "echo": dict,
     "job_id": object,
+    "on_cut": object,
     "on_disconnect": object,
     "priority": object,
     "provider": str,

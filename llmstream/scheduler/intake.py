@@ -19,7 +19,8 @@ class Intake:
         """Finish reasons by choice."""
         self.usage: Usage | None = None
         self.text_only = True
-        self.got_token = False
+        self.first_at: float | None = None
+        """When the first token came, in seconds of ``clock``."""
         self.silent_since: float | None = clock()
         """Since when the model owes a token, in seconds of ``clock``; None while it owes none."""
         self._writer = writer
@@ -29,10 +30,21 @@ class Intake:
     def congested(self) -> bool:
         return self._writer.congested
 
+    @property
+    def got_token(self) -> bool:
+        return self.first_at is not None
+
+    def expect(self) -> float:
+        """A model is being asked: it owes a token from now on."""
+        self.silent_since = now = self._clock()
+        return now
+
     def put(self, deltas: Sequence[Delta]) -> None:
         if self._writer.lost is not None:  # the attempt is being stopped
             return
-        self.silent_since, self.got_token = self._clock(), True
+        self.silent_since = now = self._clock()
+        if self.first_at is None:
+            self.first_at = now
         for delta in deltas:
             self._writer.append(delta, len(delta.text) + EVENT_BYTES)
             self.usage = delta.usage or self.usage

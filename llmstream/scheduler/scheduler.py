@@ -20,7 +20,9 @@ from llmstream.errors import (
     ShuttingDown,
     StoreUnavailable,
 )
-from llmstream.routing.router import REMOTE, Router
+from llmstream.routing.retry import Backoff
+from llmstream.routing.router import Router
+from llmstream.routing.targets import REMOTE
 from llmstream.scheduler.audience import Audience
 from llmstream.scheduler.line import Line
 from llmstream.scheduler.worker import Worker
@@ -97,6 +99,7 @@ class Scheduler:
         *,
         settings: SchedulerSettings,
         deadlines: DeadlineSettings,
+        backoff: Backoff,
         clock: Clock,
     ) -> None:
         self.replica = replica
@@ -104,6 +107,7 @@ class Scheduler:
         self._router = router
         self._settings = settings
         self._deadlines = deadlines
+        self._backoff = backoff
         self._clock = clock
         self._beat_s = min(MAX_BEAT_S, settings.lease_s / 4)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -266,6 +270,7 @@ class Scheduler:
             router=self._router,
             deadlines=self._deadlines,
             max_attempts=self._settings.max_attempts,
+            backoff=self._backoff,
             clock=self._clock,
         )
         pool.running[job_id] = worker

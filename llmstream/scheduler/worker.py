@@ -16,9 +16,11 @@ from llmstream.errors import (
     ShuttingDown,
     StoreUnavailable,
     UpstreamBroken,
+    UpstreamTimeout,
 )
-from llmstream.providers.base import Provider
+from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
+from llmstream.scheduler.asking import Asking
 from llmstream.scheduler.intake import EVENT_BYTES, Intake
 from llmstream.store.jobs import Begun, Jobs
 from llmstream.store.log import Log
@@ -28,8 +30,6 @@ from llmstream.types import (
     BEGINNING,
     Clock,
     Delta,
-    Event,
-    EventId,
     Failure,
     Finished,
     Job,
@@ -43,11 +43,6 @@ Result = Literal["done", "dead", "release"]
 """What becomes of the claim: the job needs no more work, or was given up, or somebody else shall go on."""
 
 FLUSH_S = 2.0
-BACKOFF_S = 0.2
-MAX_BACKOFF_S = 5.0
-
-_BARELY_BEGUN = Transcript([Event(EventId(1, 1), Delta())])
-"""Stands for whatever text an attempt may have produced when it is asked to hand over."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -67,6 +62,7 @@ class Worker:
         router: Router,
         deadlines: DeadlineSettings,
         max_attempts: int,
+        backoff: Backoff,
         clock: Clock,
     ) -> None:
         self.job_id = job_id
@@ -77,11 +73,12 @@ class Worker:
         self._router = router
         self._deadlines = deadlines
         self._max_attempts = max_attempts
+        self._backoff = backoff
         self._clock = clock
         self._begun: Begun | None = None
         self._interruption: LLMStreamError | None = None
         self._scope: asyncio.Task[Any] | None = None
-        self._continuable = True
+        self._asking: Asking | None = None
         self._intake: Intake | None = None
 
     async def run(self) -> Result:
@@ -130,7 +127,8 @@ class Worker:
     @property
     def can_hand_over(self) -> bool:
         """Whether another replica could go on where this one stops."""
-        return self._continuable and (self._intake is None or self._intake.text_only)
+        continuable = self._asking is None or self._asking.continuable
+        return continuable and (self._intake is None or self._intake.text_only)
 
     def check_deadlines(self) -> None:
         """Called at every heartbeat: one timer for all jobs."""
@@ -146,9 +144,9 @@ class Worker:
         elif job.expires_at is not None and now > job.expires_at:
             self.interrupt(DeadlineExceeded("The job did not finish within the request's deadline_s."))
         elif not got_token and silent > limits.first_token_s:
-            self.interrupt(UpstreamBroken(f"The model gave no first token within {limits.first_token_s:g} s."))
+            self.interrupt(UpstreamTimeout(f"The model gave no first token within {limits.first_token_s:g} s."))
         elif got_token and silent > limits.stall_s:
-            self.interrupt(UpstreamBroken(f"The model stalled: no token for {limits.stall_s:g} s."))
+            self.interrupt(UpstreamTimeout(f"The model stalled: no token for {limits.stall_s:g} s."))
 
     async def _attempt(self, begun: Begun, writer: AnyWriter) -> Result | None:
         """One attempt. None: it failed in a way that another attempt may mend."""
@@ -157,7 +155,10 @@ class Worker:
         except (Fenced, ShuttingDown, StoreUnavailable):
             raise
         except LLMStreamError as error:
-            if error.retryable and begun.tries < self._max_attempts:
+            self._interruption = None
+            if self._asking is not None and isinstance(error, UpstreamBroken):
+                self._asking.blame(error)
+            if error.retryable and begun.tries < self._max_attempts and await self._may_try_again(begun, writer):
                 return await self._pause(begun, writer, error)
             finished = self._failed(error)
         except Exception:
@@ -171,27 +172,25 @@ class Worker:
         return "dead" if state is not None and state.dead else "done"
 
     async def _generate(self, begun: Begun, writer: AnyWriter) -> Finished:
-        request = begun.job.request
-        provider = self._router.target(request).provider
-        self._intake = Intake(writer, asyncio.get_running_loop().time)
+        job = begun.job
+        self._intake = intake = Intake(writer, asyncio.get_running_loop().time)
+        asking = self._asking = self._asking or Asking(self._router, job.request)
         transcript = await self._history(begun)
         if begun.attempt > 1 and begun.previous == BEGINNING:
             writer.append(Restart("the store lost what the earlier attempts wrote"), EVENT_BYTES)
-        if begun.job.continues is not None and (transcript is None or transcript.empty):
-            transcript = await self._inherit(begun.job.continues, begun.job, provider, writer)
-        so_far: Transcript | None = None
-        if transcript is not None and not transcript.empty:
-            if self._complete(transcript, begun.job):
-                return self._finished(transcript.usage, _reasons(transcript))
-            if transcript.continuable and provider.can_continue(request, transcript):
-                so_far = transcript
-            else:
-                writer.append(Restart("the earlier attempt cannot be continued"), EVENT_BYTES)
-        self._continuable = provider.can_continue(request, so_far or _BARELY_BEGUN)
-        await provider.generate(request, so_far, self._intake)
-        if len(self._intake.reasons) < request.choices:
-            raise UpstreamBroken("The model's stream ended before the answer did.")
-        return self._finished(self._intake.usage, self._intake.reasons)
+        if job.continues is not None and (transcript is None or transcript.empty):
+            transcript = await self._inherit(job.continues, job, asking, writer)
+        shown = transcript is not None and not transcript.empty
+        if transcript is not None and shown and self._complete(transcript, job):
+            return self._finished(transcript.usage, _reasons(transcript))
+
+        def restart() -> None:
+            writer.append(Restart("the earlier attempt cannot be continued"), EVENT_BYTES)
+
+        # What a replica left when it died may start over, whatever becomes of answers that their model broke off.
+        steps = asking.plan(transcript, may_restart=job.restarts or asking.fault is None)
+        await asking.answer(steps, intake, restart if shown else None)
+        return self._finished(intake.usage, intake.reasons)
 
     async def _history(self, begun: Begun) -> Transcript | None:
         """The answer as earlier attempts left it. The log is fenced by now, so it cannot grow any more."""
@@ -207,7 +206,19 @@ class Worker:
                         transcript.add(event)
         return transcript
 
-    async def _inherit(self, old_id: str, job: Job, provider: Provider, writer: AnyWriter) -> Transcript | None:
+    async def _may_try_again(self, begun: Begun, writer: AnyWriter) -> bool:
+        """Whether nothing was shown, or the next attempt can go on from it, or may start over visibly."""
+        untouched = begun.attempt == 1 and begun.job.continues is None
+        if begun.job.restarts or self._asking is None or (untouched and not (self._intake and self._intake.got_token)):
+            return True
+        await writer.flush()
+        transcript = Transcript()
+        while entries := await self._log.read(self.job_id, transcript.position):
+            for event in (event for entry in entries for event in entry.events):
+                transcript.add(event)
+        return transcript.empty or self._complete(transcript, begun.job) or self._asking.can_continue(transcript)
+
+    async def _inherit(self, old_id: str, job: Job, asking: Asking, writer: AnyWriter) -> Transcript | None:
         """Copies the answer of the job that this one was requeued from, as far as it can be continued."""
         transcript = Transcript()
         deltas: list[Delta] = []
@@ -218,8 +229,7 @@ class Worker:
                     deltas.clear()
                 elif isinstance(event.data, Delta):
                     deltas.append(event.data)
-        may_go_on = transcript.continuable and provider.can_continue(job.request, transcript)
-        if not may_go_on and not self._complete(transcript, job):
+        if not asking.can_continue(transcript) and not self._complete(transcript, job):
             return None
         for delta in deltas:
             writer.append(delta, len(delta.text) + EVENT_BYTES)
@@ -243,8 +253,8 @@ class Worker:
     async def _pause(self, begun: Begun, writer: AnyWriter, error: LLMStreamError) -> Result | None:
         """Waits before the next attempt, still cancellable."""
         logger.warning("attempt failed: %s", error.message, extra={"job_id": self.job_id})
-        delay = error.retry_after or min(BACKOFF_S * 2 ** (begun.tries - 1), MAX_BACKOFF_S)
-        self._interruption = None
+        untried = self._asking is not None and self._asking.untried
+        delay = 0.0 if untried else self._backoff.delay(begun.tries, error.retry_after)
         if self._intake is not None:
             self._intake.silent_since = None
         try:
