@@ -20,8 +20,18 @@
 {prefix}:{q:POOL}:unread    zset    jobs that end without readers -> when to look for these again
 {prefix}:{q:POOL}:dead      zset    jobs that failed after all their attempts, by the time of it
 {prefix}:{n:NUMBER}:probe   string  written to see whether a server takes writes; numbers spread over a cluster
+{prefix}:{t:TARGET}:window  hash    requests and tokens of the last minute by slice of time, and their sums
+{prefix}:{t:TARGET}:holds   hash    replica|try -> slice it was counted in|tokens reserved|number: its slot
+{prefix}:{t:TARGET}:leases  zset    replica -> until when its slots are its own
+{prefix}:{t:TARGET}:line    zset    replica that waits -> its most urgent request
+{prefix}:{t:TARGET}:asked   zset    replica that waits -> until when it counts as waiting
+{prefix}:{breakers}:states  hash    target -> how often its breaker opened|until when|closed at|probe until|who probes
+{prefix}:{breakers}:failures:TARGET hash  slice of time -> failures|successes
+{prefix}:{l:WHO}:NAME       string  when this bucket of a caller will be full again
 {prefix}:wake               channel pool names with new work
 {prefix}:cancel             channel ids of cancelled jobs
+{prefix}:room               channel targets that may have room again
+{prefix}:breaker            channel targets whose breaker opened or closed
 """
 
 from __future__ import annotations
@@ -43,6 +53,7 @@ QUEUE_PARTS = (
     "unread",
     "dead",
 )
+BUDGET_PARTS = ("window", "holds", "leases", "line", "asked")
 
 
 class Keys:
@@ -53,6 +64,8 @@ class Keys:
         self.pools = f"{prefix}:pools"
         self.wake = f"{prefix}:wake"
         self.cancel = f"{prefix}:cancel"
+        self.room = f"{prefix}:room"
+        self.breaker = f"{prefix}:breaker"
 
     def job(self, job_id: str) -> str:
         return f"{self._prefix}:{{{job_id}}}:job"
@@ -76,3 +89,16 @@ class Keys:
         """The keys of one pool's queue, in the order of ``QUEUE_PARTS``."""
         tag = f"{self._prefix}:{{q:{quote(pool, safe='')}}}"
         return tuple(f"{tag}:{part}" for part in QUEUE_PARTS)
+
+    def budget(self, target: str) -> tuple[str, ...]:
+        """The keys of one target's limits, in the order of ``BUDGET_PARTS``."""
+        tag = f"{self._prefix}:{{t:{quote(target, safe='')}}}"
+        return tuple(f"{tag}:{part}" for part in BUDGET_PARTS)
+
+    def breakers(self, *targets: str) -> tuple[str, ...]:
+        """The key of all breakers' states, then that of each target's failures; all in one hash slot."""
+        tag = f"{self._prefix}:{{breakers}}"
+        return (f"{tag}:states", *(f"{tag}:failures:{quote(target, safe='')}" for target in targets))
+
+    def bucket(self, who: str, name: str) -> str:
+        return f"{self._prefix}:{{l:{quote(who, safe='')}}}:{name}"

@@ -19,16 +19,19 @@ logger = logging.getLogger(__name__)
 
 
 class Signals:
-    """One connection that listens for new work and for cancellations."""
+    """One connection that listens for what other replicas tell."""
 
     def __init__(self, connect: Connect, keys: Keys) -> None:
         self.on_work: Callable[[str], None] | None = None
         """Gets the name of a pool with new work."""
         self.on_cancel: Callable[[str], None] | None = None
         """Gets the id of a job that has just been ended from outside."""
+        self.on_room: Callable[[str], None] | None = None
+        """Gets a target that may take more requests."""
+        self.on_breaker: Callable[[str], None] | None = None
+        """Gets a target whose breaker opened, closed or may be probed."""
         self._connect = connect
-        self._wake = keys.wake.encode()
-        self._cancel = keys.cancel.encode()
+        self._channels = [name.encode() for name in (keys.wake, keys.cancel, keys.room, keys.breaker)]
         self._connection: Connection | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -52,7 +55,7 @@ class Signals:
             try:
                 async with asyncio.timeout(SILENCE_S):
                     await connection.connect()
-                    connection.write([pack(("SUBSCRIBE", self._wake, self._cancel))])
+                    connection.write([pack(("SUBSCRIBE", *self._channels))])
                 delay = 0.05
                 await self._listen(connection)
             except Exception as error:
@@ -85,7 +88,7 @@ class Signals:
         kind, channel, data = message[0], message[1], message[-1]
         if kind != b"message":
             return
-        if channel == self._wake and self.on_work is not None:
-            self.on_work(data.decode())
-        elif channel == self._cancel and self.on_cancel is not None:
-            self.on_cancel(data.decode())
+        listeners = (self.on_work, self.on_cancel, self.on_room, self.on_breaker)
+        hear = dict(zip(self._channels, listeners, strict=True)).get(channel)
+        if hear is not None:
+            hear(data.decode())

@@ -11,6 +11,8 @@ from typing import Any
 
 from llmstream.config import SchedulerSettings, StoreSettings
 from llmstream.errors import BadRequest, ConfigError, LLMStreamError
+from llmstream.store.breakers import Breakers, Policy
+from llmstream.store.budgets import Budgets
 from llmstream.store.cluster import Cluster
 from llmstream.store.embedded import EmbeddedStore
 from llmstream.store.jobs import Jobs
@@ -19,6 +21,7 @@ from llmstream.store.lanes import Lanes
 from llmstream.store.log import Log
 from llmstream.store.memory import Memory, in_memory
 from llmstream.store.node import Node
+from llmstream.store.rate_limits import RateLimits
 from llmstream.store.readers import Readers
 from llmstream.store.recent import Recent
 from llmstream.store.repeats import Repeats
@@ -68,6 +71,7 @@ class Store:
             outage_s=settings.outage_s,
         )
         self.readers = Readers(self.writes, self.keys)
+        self.rate_limits = RateLimits(self.writes, self.keys)
         self.repeats = Repeats(self.writes, self.keys, self.recent)
         self.log = Log(
             self.writes,
@@ -103,6 +107,18 @@ class Store:
             ttl_s=self._settings.unfinished_retention_s,
             retention_s=self._settings.retention_s,
         )
+
+    def budgets(self, replica: str, *, lease_s: float) -> Budgets:
+        """What the replica has reserved of the limits of targets."""
+        budgets = Budgets(self.writes, self.keys, self.presence, replica, lease_s=lease_s)
+        self.signals.on_room = budgets.wake
+        return budgets
+
+    def breakers(self, replica: str, policy: Policy, *, lease_s: float) -> Breakers:
+        """The replica's view of the breakers of targets."""
+        breakers = Breakers(self.writes, self.keys, replica, policy, lease_s=lease_s)
+        self.signals.on_breaker = breakers.look
+        return breakers
 
     async def pools(self) -> list[str]:
         """Names of all pools that some replica has served within the retention time."""
