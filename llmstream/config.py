@@ -190,6 +190,12 @@ class ProviderSettings(Section):
     """How a cut answer goes on: prefill sends what was logged as the last assistant message."""
     connect_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds to reach the API."""
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    """Requests at once to each of its models, over all replicas; more wait in their lane. None: no limit."""
+    rpm: Annotated[int, Field(ge=1)] | None = None
+    """Requests a minute to each of its models, over all replicas."""
+    tpm: Annotated[int, Field(ge=1)] | None = None
+    """Tokens a minute of each of its models, prompts and answers, over all replicas."""
 
     @field_validator("base_url")
     @classmethod
@@ -205,6 +211,18 @@ class ProviderSettings(Section):
         return [name.strip() for name in models.split(",") if name.strip()] if isinstance(models, str) else models
 
 
+class BreakerSettings(Section):
+    failures: Annotated[int, Field(ge=1)] = 5
+    """So many failures of a remote target within ``window_s``, over all replicas, open its breaker, if they are
+    at least half of all outcomes: it is left alone for a while, then tried once."""
+    window_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds in which failures count together."""
+    open_s: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds that it is left alone at first; each time in a row it is for twice as long."""
+    max_open_s: Annotated[float, Field(gt=0)] = 120.0
+    """Longest time that it is left alone."""
+
+
 class TargetSettings(Section):
     provider: str
     """A provider, or a local model, by its name here."""
@@ -212,6 +230,12 @@ class TargetSettings(Section):
     """What the provider calls the model; None: as the client does."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the requests with strategy ``weighted``."""
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    """Requests at once, over all replicas; None: what the provider's settings say. So are the next two."""
+    rpm: Annotated[int, Field(ge=1)] | None = None
+    """Requests a minute."""
+    tpm: Annotated[int, Field(ge=1)] | None = None
+    """Tokens a minute, of prompts and answers."""
     price: Annotated[float, Field(ge=0)] | None = None
     """What counts for strategy ``cheapest``, in any unit that all targets share; those without one come last."""
 
@@ -259,6 +283,7 @@ class Settings(Section):
     scheduler: SchedulerSettings = SchedulerSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
     retry: RetrySettings = RetrySettings()
+    breaker: BreakerSettings = BreakerSettings()
     disconnect: DisconnectSettings = DisconnectSettings()
     models: dict[str, ModelSettings] = {}
     """Local models by the name clients ask for. With neither models nor providers, ``smollm2`` is served."""
@@ -355,6 +380,11 @@ def _wrong_routes(settings: Settings) -> Iterator[str]:
             if target.provider not in settings.providers and target.provider not in settings.models:
                 known = ", ".join(sorted([*settings.providers, *settings.models])) or "none"
                 yield f"routes.{name}.targets[{number}]: there is no provider {target.provider!r}; known: {known}"
+            elif target.provider in settings.models and (target.concurrency or target.rpm or target.tpm):
+                yield (
+                    f"routes.{name}.targets[{number}]: concurrency, rpm and tpm are for remote providers; a local "
+                    f"model has models.{target.provider}.slots"
+                )
 
 
 def store_urls(url: str) -> list[str]:

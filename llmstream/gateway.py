@@ -19,7 +19,7 @@ from llmstream.errors import BadRequest, Conflict, NotFound, Overloaded, Shuttin
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
 from llmstream.routing.retry import Backoff
-from llmstream.routing.router import Router
+from llmstream.routing.router import Router, limits_of
 from llmstream.scheduler.audience import MemorySeat, Seat
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.follower import Follower
@@ -393,7 +393,8 @@ async def open_gateway(
         for provider in providers:
             stack.push_async_callback(provider.close)
             await provider.open()
-        router = Router(providers, settings.routes)
+        limits = {name: limits_of(provider) for name, provider in settings.providers.items()}
+        router = Router(providers, settings.routes, limits={name: each for name, each in limits.items() if any(each)})
         scheduler = Scheduler(
             store,
             router,
@@ -401,6 +402,7 @@ async def open_gateway(
             settings=settings.scheduler,
             deadlines=settings.deadlines,
             backoff=Backoff(settings.retry),
+            breaker=settings.breaker,
             clock=clock,
         )
         await scheduler.open()

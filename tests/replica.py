@@ -10,9 +10,11 @@ from typing import Any
 from llmstream.config import DeadlineSettings, ModelSettings, RetrySettings, SchedulerSettings
 from llmstream.providers.base import Provider, Sink
 from llmstream.providers.echo import EchoProvider
+from llmstream.routing.gates import Gates
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
 from llmstream.scheduler.scheduler import Scheduler
+from llmstream.store.breakers import Policy
 from llmstream.store.lanes import Lanes
 from llmstream.store.store import Store
 from llmstream.transcript import Transcript
@@ -83,6 +85,10 @@ async def replica(
         yield scheduler
     finally:
         await scheduler.close(grace_s)
+
+
+def gates_of(store: Store, replica: str = "r1") -> Gates:
+    return Gates(store.budgets(replica, lease_s=1.0), store.breakers(replica, Policy(), lease_s=1.0))
 
 
 def lanes_of(store: Store, settings: SchedulerSettings = FAST) -> Lanes:

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from llmstream.errors import UpstreamBroken
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest, ModelInfo
+
+
+class CannotContinue(UpstreamBroken):
+    """Going on from what was logged turned out to be impossible. Nothing was put; starting over may do."""
+
+    code = "cannot_continue"
 
 
 class Sink(Protocol):

@@ -50,14 +50,14 @@ def _prefilled(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]
 
 
 def produced_tokens(so_far: Transcript | None) -> int:
-    """Tokens of an answer so far, as well as they are known; 0 when they are not."""
+    """Tokens of an answer so far, as well as they are known: the pieces it came in where nobody counted."""
     if so_far is None:
         return 0
     if so_far.usage is not None:
         return so_far.usage.completion_tokens
     first = so_far.choices.get(0)
     logprobs = first.logprobs if first else None
-    return len(so_far.tokens) or len((logprobs or {}).get("content", ()))
+    return len(so_far.tokens) or len((logprobs or {}).get("content", ())) or (first.pieces if first else 0)
 
 
 def with_earlier(delta: Delta, so_far: Transcript, produced: int) -> Delta:

@@ -7,15 +7,17 @@ import random
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import translate
 from typing import Final
 
-from llmstream.config import RouteSettings, TargetSettings
+from llmstream.config import ProviderSettings, RouteSettings, TargetSettings
 from llmstream.errors import BadRequest, ModelNotFound
 from llmstream.providers.base import Provider
 from llmstream.routing.load import Load
 from llmstream.routing.strategies import Random, arrange
-from llmstream.routing.targets import REMOTE, Route, Target
+from llmstream.routing.targets import NO_LIMITS, REMOTE, Route, Target
+from llmstream.store.budgets import Limits
 from llmstream.types import GenerateRequest, ModelInfo
 
 ANY: Final = "*"
@@ -34,11 +36,14 @@ class Router:
         providers: Sequence[Provider],
         routes: Mapping[str, RouteSettings] | None = None,
         *,
+        limits: Mapping[str, Limits] | None = None,
         chance: Random = random.random,
     ) -> None:
+        """``limits`` are those of each target of a provider that says nothing else."""
         self.providers = tuple(providers)
         self.load = Load(time.monotonic)
         self._chance = chance
+        self._limits = limits or {}
         self._single: dict[tuple[str, str], Route] = {}
         """Routes of one target that no setting names."""
         self._routes = {name: self._configured(name, settings) for name, settings in (routes or {}).items()}
@@ -56,14 +61,18 @@ class Router:
         return list(found.values())
 
     @property
-    def pools(self) -> dict[str, list[Provider]]:
-        """Providers by the pool whose jobs they run."""
-        pools: dict[str, list[Provider]] = {}
-        for provider in self.providers:
-            pools.setdefault(provider.pool, []).append(provider)
-        if any(route.pool == REMOTE for route in self._all_routes()):
-            pools.setdefault(REMOTE, [])
+    def pools(self) -> dict[str, int]:
+        """What this replica runs jobs of, and how many at once; 0: as many remote ones as it may."""
+        pools = {provider.pool: 0 if provider.pool == REMOTE else provider.slots for provider in self.providers}
+        for route in self._all_routes():
+            most = [target.limits.slots or 0 for target in route.targets]
+            pools.setdefault(route.pool, sum(most) if all(most) else 0)
         return pools
+
+    def targets(self, pool: str) -> list[Target]:
+        """The targets with limits whose jobs wait in a pool."""
+        limited = (route for route in self._all_routes() if route.limited and route.pool == pool)
+        return [target for route in limited for target in route.targets]
 
     def route(self, request: GenerateRequest) -> Route:
         """Finds who can run a request; one with ``provider`` only there. Raises ModelNotFound, BadRequest."""
@@ -74,7 +83,7 @@ class Router:
         if request.provider is None:
             return found
         chosen = tuple(target for target in found.targets if target.provider.name == request.provider)
-        return Route(found.name, chosen, found.strategy)
+        return replace(found, targets=chosen)
 
     def order(self, route: Route, failed: Collection[str] = ()) -> Sequence[Target]:
         """The targets of a route, the first to ask first; those that failed come last."""
@@ -98,7 +107,9 @@ class Router:
             if any(info.name == model for info in provider.models):
                 key = (provider.name, model)
                 if key not in self._single:
-                    self._single[key] = Route(model, (Target(provider, None if model == ANY else model),))
+                    name = None if model == ANY else model
+                    target = Target(provider, name, limits=self._limits.get(provider.name, NO_LIMITS))
+                    self._single[key] = Route(target.name, (target,))
                 return self._single[key]
         return None
 
@@ -129,12 +140,28 @@ class Router:
                 return target.provider
             return target.model or (None if _WILD & set(name) else name)
 
-        targets = [Target(known[each.provider], model(each), each.weight, each.price) for each in settings.targets]
+        def limits(target: TargetSettings) -> Limits:
+            own, all_ = limits_of(target), self._limits.get(target.provider, NO_LIMITS)
+            return Limits(*(mine if mine is not None else theirs for mine, theirs in zip(own, all_, strict=True)))
+
+        targets = [
+            Target(known[each.provider], model(each), each.weight, each.price, limits(each))
+            for each in settings.targets
+        ]
         return Route(name, tuple(targets), settings.strategy)
 
     def _all_routes(self) -> Iterator[Route]:
+        """Those that are configured, and those to models with limits."""
         yield from self._routes.values()
         yield from (route for _, route in self._patterns)
+        for provider in self.providers:
+            for model in provider.models if provider.name in self._limits else ():
+                if (route := self._implicit(model.name, [provider])) is not None:
+                    yield route
+
+
+def limits_of(settings: TargetSettings | ProviderSettings) -> Limits:
+    return Limits(settings.concurrency, settings.rpm, settings.tpm)
 
 
 def _serves(route: Route, candidates: Sequence[Provider]) -> bool:

@@ -10,9 +10,12 @@ from msgspec.structs import replace
 from llmstream.config import Strategy
 from llmstream.errors import LLMStreamError
 from llmstream.providers.base import Provider
+from llmstream.routing.tokens import most_tokens
+from llmstream.store.budgets import Limits, TooManyTokens
 from llmstream.types import GenerateRequest
 
 REMOTE = "remote"
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,16 @@ class Target:
     """What the provider calls the model; None: as the client does."""
     weight: float = 1.0
     price: float | None = None
+    limits: Limits = NO_LIMITS
 
     @cached_property
     def name(self) -> str:
         """What this target is known by on all replicas."""
         return f"{self.provider.name}/{self.model or '*'}"
+
+    @cached_property
+    def limited(self) -> bool:
+        return self.limits != NO_LIMITS
 
     def asked(self, request: GenerateRequest) -> GenerateRequest:
         """The request as this target gets it."""
@@ -47,16 +55,40 @@ class Route:
 
     @cached_property
     def pool(self) -> str:
-        """Whose jobs these are: those of a local model where only that one answers, else of any replica."""
+        """Whose jobs these are: those of a local model where only that one answers, else of any replica. Where a target
+        has limits the jobs wait in lanes of their own."""
+        if self.limited:
+            return f"{REMOTE}:{self.name}"
         pools = {target.provider.pool for target in self.targets}
         return pools.pop() if len(pools) == 1 else REMOTE
+
+    @cached_property
+    def limited(self) -> bool:
+        return any(target.limited for target in self.targets)
+
+    def tokens(self, request: GenerateRequest) -> int:
+        """What a request may use at most, where that counts; else 0."""
+        counts = any(target.limits.tokens is not None for target in self.targets)
+        return most_tokens(request) if counts else 0
 
     async def check(self, request: GenerateRequest) -> None:
         """Refuses what none of the targets can ever run. Raises what the first of them has against it."""
         refusals: list[LLMStreamError] = []
+        tokens = self.tokens(request)
         for target in self.targets:
             try:
+                _fit(target, tokens)
                 return await target.provider.check(target.asked(request))
             except LLMStreamError as error:
                 refusals.append(error)
         raise refusals[0]
+
+
+def _fit(target: Target, tokens: int) -> None:
+    limit = target.limits.tokens
+    if limit is not None and tokens > limit:
+        raise TooManyTokens(
+            f"The request may use {tokens} tokens (its prompt and the longest answer), but {target.name} takes no more "
+            f"than {limit} a minute; send less or lower max_tokens.",
+            param="max_tokens",
+        )

@@ -18,6 +18,7 @@ from llmstream.errors import (
     UpstreamBroken,
     UpstreamTimeout,
 )
+from llmstream.routing.gates import Crossing, Gates
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
 from llmstream.scheduler.asking import Asking
@@ -60,6 +61,9 @@ class Worker:
         jobs: Jobs | Memory,
         log: Log | Memory,
         router: Router,
+        gates: Gates,
+        granted: Crossing | None = None,
+        urgency: float = 0.0,
         deadlines: DeadlineSettings,
         max_attempts: int,
         backoff: Backoff,
@@ -71,6 +75,9 @@ class Worker:
         self._jobs = jobs
         self._log = log
         self._router = router
+        self._gates = gates
+        self._granted = granted
+        self._urgency = urgency
         self._deadlines = deadlines
         self._max_attempts = max_attempts
         self._backoff = backoff
@@ -86,6 +93,15 @@ class Worker:
 
         Raises StoreUnavailable when the store stays away for too long.
         """
+        try:
+            return await self._live()
+        finally:
+            if self._asking is not None:
+                self._asking.close()
+            elif self._granted is not None:
+                self._gates.give_back(self._granted)
+
+    async def _live(self) -> Result:
         while True:
             started = Started(replica=self._replica, at=self._clock())
             begun = await self._jobs.begin(self.job_id, started, self._max_attempts, self.claim)
@@ -174,7 +190,7 @@ class Worker:
     async def _generate(self, begun: Begun, writer: AnyWriter) -> Finished:
         job = begun.job
         self._intake = intake = Intake(writer, asyncio.get_running_loop().time)
-        asking = self._asking = self._asking or Asking(self._router, job.request)
+        asking = self._asking = self._asking or Asking(job, self._router, self._gates, self._granted, self._urgency)
         transcript = await self._history(begun)
         if begun.attempt > 1 and begun.previous == BEGINNING:
             writer.append(Restart("the store lost what the earlier attempts wrote"), EVENT_BYTES)
@@ -209,7 +225,9 @@ class Worker:
     async def _may_try_again(self, begun: Begun, writer: AnyWriter) -> bool:
         """Whether nothing was shown, or the next attempt can go on from it, or may start over visibly."""
         untouched = begun.attempt == 1 and begun.job.continues is None
-        if begun.job.restarts or self._asking is None or (untouched and not (self._intake and self._intake.got_token)):
+        if begun.job.restarts or self._asking is None or self._asking.fault is None:
+            return True
+        if untouched and not (self._intake and self._intake.got_token):
             return True
         await writer.flush()
         transcript = Transcript()

@@ -20,7 +20,7 @@ from llmstream.transcript import Transcript
 from llmstream.types import Delta, Failure, Finished, GenerateRequest, Job, Restart, Started
 from tests.api.reading import Json, finished, log_of, read_all, status, submit, tokens
 from tests.logs import begin, new_job, stored, text_of
-from tests.replica import SHORTLY, Scripted, lanes_of
+from tests.replica import SHORTLY, Scripted, gates_of, lanes_of
 from tests.replica import submit as submit_bare
 from tests.waiting import wait_until
 
@@ -107,6 +107,7 @@ def make_worker(store: Store, job: Job, provider: Provider) -> Worker:
         jobs=store.jobs,
         log=store.log,
         router=Router([provider]),
+        gates=gates_of(store),
         deadlines=DeadlineSettings(),
         max_attempts=1,
         backoff=SHORTLY,

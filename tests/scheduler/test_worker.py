@@ -21,7 +21,7 @@ from llmstream.transcript import Transcript
 from llmstream.types import Delta, Event, Finished, GenerateRequest, Job, Restart, Started
 from tests.logs import begin, finished, stored, text_of
 from tests.proxy import distant
-from tests.replica import Scripted, echo, submit, tokens
+from tests.replica import Scripted, echo, gates_of, submit, tokens
 from tests.waiting import wait_until
 
 LENGTH = 12
@@ -54,6 +54,7 @@ def make_worker(
         jobs=store.jobs,
         log=store.log,
         router=Router([provider or echo()]),
+        gates=gates_of(store),
         deadlines=DeadlineSettings.model_validate(limits),
         max_attempts=max_attempts,
         backoff=Backoff(RetrySettings(base_s=pause_s, cap_s=pause_s), chance=lambda: 1.0),
