@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router, limits_of
 from llmstream.scheduler.audience import MemorySeat, Seat
 from llmstream.scheduler.scheduler import Scheduler
+from llmstream.store.budgets import Spent
 from llmstream.store.follower import Follower
 from llmstream.store.lanes import Census, Lanes, Standing
 from llmstream.store.memory import in_memory
@@ -251,6 +252,16 @@ class Gateway:
     async def stats(self) -> dict[str, Census]:
         """Counts by pool, whichever replica serves it."""
         return {pool: await self._lanes(pool).census() for pool in sorted(await self._store.pools())}
+
+    async def spent(self, target: str) -> Spent:
+        """What a target, ``provider/model``, has at the moment from all replicas, as far as it is limited. Raises
+        StoreUnavailable."""
+        return await self._scheduler.gates.budgets.spent(target)
+
+    @property
+    def breakers(self) -> Mapping[str, str]:
+        """The targets whose breakers are not closed: ``open`` or ``half_open``."""
+        return self._scheduler.gates.breakers.states
 
     @property
     def unready(self) -> str | None:

@@ -77,6 +77,8 @@ class Upstream:
         self.replies: deque[Reply] = deque()
         self.models: dict[str, Reply] = {}
         self.requests: list[Seen] = []
+        self.busy = self.most_busy = 0
+        """Answers under way, now and at most."""
         self.listings: list[Mapping[str, str]] = []
         """Headers of the requests for the list of models."""
         self._closing = asyncio.Event()
@@ -111,6 +113,8 @@ class Upstream:
         seen = Seen(request.path, dict(request.headers), body, request.transport)
         self.requests.append(seen)
         reply = self._next_reply(body)
+        self.busy += 1
+        self.most_busy = max(self.busy, self.most_busy)
         try:
             await self._gate(reply, -1)
             if reply.status != 200 or reply.body is not None:
@@ -128,6 +132,7 @@ class Upstream:
             seen.hung_up.set()
             raise
         finally:
+            self.busy -= 1
             seen.answered = True
 
     def _next_reply(self, body: dict[str, Any]) -> Reply:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from msgspec.structs import replace
+import msgspec
 
 from llmstream.config import Strategy
 from llmstream.errors import LLMStreamError
@@ -38,11 +38,15 @@ class Target:
     def limited(self) -> bool:
         return self.limits != NO_LIMITS
 
+    def fits(self, tokens: int) -> bool:
+        """Whether a request of so many tokens can ever run here."""
+        return self.limits.tokens is None or tokens <= self.limits.tokens
+
     def asked(self, request: GenerateRequest) -> GenerateRequest:
         """The request as this target gets it."""
         if self.model is None or self.model == request.model:
             return request
-        return replace(request, model=self.model)
+        return msgspec.structs.replace(request, model=self.model)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,11 @@ class Route:
         counts = any(target.limits.tokens is not None for target in self.targets)
         return most_tokens(request) if counts else 0
 
+    def with_room_for(self, tokens: int) -> Route:
+        """The route without targets that can never take so many tokens; as it is where none can."""
+        fitting = tuple(target for target in self.targets if target.fits(tokens))
+        return self if len(fitting) in (0, len(self.targets)) else replace(self, targets=fitting)
+
     async def check(self, request: GenerateRequest) -> None:
         """Refuses what none of the targets can ever run. Raises what the first of them has against it."""
         refusals: list[LLMStreamError] = []
@@ -85,10 +94,9 @@ class Route:
 
 
 def _fit(target: Target, tokens: int) -> None:
-    limit = target.limits.tokens
-    if limit is not None and tokens > limit:
+    if not target.fits(tokens):
         raise TooManyTokens(
             f"The request may use {tokens} tokens (its prompt and the longest answer), but {target.name} takes no more "
-            f"than {limit} a minute; send less or lower max_tokens.",
+            f"than {target.limits.tokens} a minute; send less or lower max_tokens.",
             param="max_tokens",
         )

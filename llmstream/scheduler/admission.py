@@ -29,6 +29,7 @@ class Admission:
         except LLMStreamError:
             return None
         ask = Ask(job.id, route.tokens(job.request), self.urgency(job))
+        route = route.with_room_for(ask.tokens)
         soonest: Wait | None = None
         targets = self._router.order(route, {each.name for each in route.targets if not self._gates.admits(each)})
         for target in targets:
@@ -36,8 +37,8 @@ class Admission:
                 return None
             try:
                 found = await self._gates.reserve(target, ask)
-            except TooManyTokens:
-                continue
+            except TooManyTokens:  # the settings have changed since it was accepted
+                return None
             if isinstance(found, Crossing):
                 return found
             if soonest is None or found.after_s < soonest.after_s:

@@ -42,7 +42,11 @@ class Asking:
         self._gates = gates
         self._granted = granted
         self._route = router.route(job.request)
-        self._wish = Ask(job.id, self._route.tokens(job.request), urgency) if self._route.limited else None
+        self._wish: Ask | None = None
+        """What it takes of targets with limits."""
+        if self._route.limited:
+            self._wish = Ask(job.id, self._route.tokens(job.request), urgency)
+            self._route = self._route.with_room_for(self._wish.tokens)
         self._failed: set[str] = set()
         self._stuck: set[str] = set()
         """Targets that turned out to be unable to go on from what was said."""
