@@ -245,6 +245,9 @@ class RouteSettings(Section):
     """Who can answer, the preferred one first: ``[{provider: …, model: …, weight: …, price: …}, …]``."""
     strategy: Strategy = "ordered"
     """Who is asked first; the others follow when that one fails."""
+    hedge_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds without a first token after which a second target is asked as well: whose token comes first answers,
+    the other one is stopped, and paid for. None: never."""
 
     @field_validator("targets", mode="before")
     @classmethod

@@ -148,7 +148,7 @@ class Router:
             Target(known[each.provider], model(each), each.weight, each.price, limits(each))
             for each in settings.targets
         ]
-        return Route(name, tuple(targets), settings.strategy)
+        return Route(name, tuple(targets), settings.strategy, settings.hedge_s)
 
     def _all_routes(self) -> Iterator[Route]:
         """Those that are configured, and those to models with limits."""

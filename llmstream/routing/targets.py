@@ -56,6 +56,7 @@ class Route:
     name: str
     targets: tuple[Target, ...]
     strategy: Strategy = "ordered"
+    hedge_s: float | None = None
 
     @cached_property
     def pool(self) -> str:

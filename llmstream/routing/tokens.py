@@ -35,7 +35,7 @@ def _tokens(value: Any) -> int:
         if value.get("type") not in (None, "text", "function") and "role" not in value:
             return PART_TOKENS
         own = MESSAGE_TOKENS if "role" in value else 0
-        return own + sum(map(_tokens, value.values()))
+        return own + sum(_tokens(inner) for name, inner in value.items() if name != "role")
     if isinstance(value, list):
         return sum(map(_tokens, value))
     return 1 if value is not None else 0

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from llmstream.errors import ContextLengthExceeded, LLMStreamError, ProviderError, UpstreamBroken
-from llmstream.providers.base import CannotContinue
+from llmstream.providers.base import CannotContinue, Sink
 from llmstream.routing.gates import Ask, Crossing, Gates, NoRoom
 from llmstream.routing.router import Router
 from llmstream.routing.targets import Target
+from llmstream.routing.tokens import prompt_tokens
 from llmstream.scheduler.intake import Intake
+from llmstream.scheduler.race import Race, Runner
 from llmstream.transcript import Transcript
-from llmstream.types import Delta, Event, EventId, Job
+from llmstream.types import Delta, Event, EventId, Job, Usage
 
 _BARELY_BEGUN = Transcript([Event(EventId(1, 1), Delta())])
 """Stands for whatever text an attempt may have produced when it is asked to hand over."""
@@ -50,8 +57,10 @@ class Asking:
         self._failed: set[str] = set()
         self._stuck: set[str] = set()
         """Targets that turned out to be unable to go on from what was said."""
-        self._crossing: Crossing | None = None
-        """Leave for what is being asked now."""
+        self._crossings: list[Crossing] = []
+        """Leave for those that are being asked now."""
+        self._lost: Target | None = None
+        """Who was asked beside the one that answered."""
         self._intake: Intake | None = None
 
     def can_continue(self, transcript: Transcript) -> bool:
@@ -77,31 +86,100 @@ class Asking:
         """Puts the whole answer into ``intake``; calls ``restart`` before a target starts over. Raises what the last
         target had to say, or the first that began to answer."""
         self._intake = intake
-        refusals: list[LLMStreamError] = []
-        full: Step | None = None
-        for step in steps:
+        left, refusals, full = deque(steps), list[LLMStreamError](), list[Step]()
+        while left:
+            step = left.popleft()
             if step.so_far is None and restart is not None:
                 restart()
                 restart = None
             try:
-                return await self._ask(step, intake)
+                return await self._ask_or_race(step, left, intake)
             except (ProviderError, ContextLengthExceeded) as error:
-                self.blame(error)
                 if intake.got_token or not error.elsewhere:
                     raise
                 refusals.append(error)
-                if isinstance(error, NoRoom):
-                    full = full or step
-        if full is not None:
-            return await self._wait_and_ask(full, intake)
+                full += [step] if isinstance(error, NoRoom) else []
+        if full:
+            return await self._wait_and_ask(full[0], intake)
         raise min(refusals, key=_hope) if refusals else self.fault or UpstreamBroken("Nobody can go on from here.")
 
     def blame(self, error: LLMStreamError) -> None:
-        """Holds the target that is being asked responsible for an error."""
-        crossing = self._crossing
-        self._leave(error)
-        if crossing is None:
-            return
+        """Holds whoever is being asked responsible for an error."""
+        for crossing in list(self._crossings):
+            self._blame(crossing, error)
+
+    def close(self) -> None:
+        """Gives back what the job has; safe to call twice."""
+        for crossing in list(self._crossings):
+            self._leave(crossing, LLMStreamError("The job was stopped."), None)
+        if self._granted is not None:
+            self._gates.give_back(self._granted)
+            self._granted = None
+
+    def usage(self) -> Usage | None:
+        """What the answer took; a target that was asked beside the one that answered is named in it."""
+        usage = self._intake.usage if self._intake is not None else None
+        if self._lost is None:
+            return usage
+        # It was sent the same prompt; how much it had thought of by then, nobody tells.
+        prompt = usage.prompt_tokens if usage is not None else prompt_tokens(self._request)
+        hedged = {"target": self._lost.name, "prompt_tokens": prompt}
+        return replace(usage or Usage(), details={**((usage and usage.details) or {}), "hedged": hedged})
+
+    async def _ask_or_race(self, step: Step, left: deque[Step], intake: Intake) -> None:
+        """Asks a target, and beside it the next one, where the route says so and both can begin at the same place."""
+        after_s = self._route.hedge_s
+        if after_s is None or not left or (left[0].so_far is None) != (step.so_far is None):
+            return await self._ask(step, intake, intake)
+        pair = (step, left[0])
+        race = Race(partial(self._ask, pair[0], intake), partial(self._ask, pair[1], intake), after_s, intake)
+        try:
+            await race.run()
+        finally:
+            if race.second_asked:
+                left.popleft()
+            if race.lost is not None:
+                self._lost = pair[race.lost].target
+
+    async def _ask(self, step: Step, intake: Intake, sink: Sink) -> None:
+        granted = self._granted
+        if granted is not None and granted.target.name == step.target.name:
+            self._granted = None
+        else:
+            granted = None
+        await self._generate(step, intake, sink, await self._gates.enter(step.target, self._wish, granted))
+
+    async def _wait_and_ask(self, step: Step, intake: Intake) -> None:
+        """Whoever is not used up has failed: waits for the first that is."""
+        assert self._wish is not None
+        intake.silent_since = None
+        await self._generate(step, intake, intake, await self._gates.wait(step.target, self._wish))
+
+    async def _generate(self, step: Step, intake: Intake, sink: Sink, crossing: Crossing) -> None:
+        target, alone = step.target, not self._crossings
+        self._crossings.append(crossing)
+        self.continuable = self._goes_on(target, step.so_far or _BARELY_BEGUN) and (alone or self.continuable)
+        asked_at = intake.expect()
+        try:
+            with self._router.load.answering(target.name):
+                await target.provider.generate(target.asked(self._request), step.so_far, sink)
+            if len(intake.reasons) < self._request.choices:
+                raise UpstreamBroken("The model's stream ended before the answer did.")
+        except (ProviderError, ContextLengthExceeded) as error:
+            self._blame(crossing, error)
+            raise
+        except asyncio.CancelledError:
+            if isinstance(sink, Runner) and sink.lost:
+                self._leave(crossing, LLMStreamError("Another target was faster."), None)
+            raise
+        finally:
+            lost = isinstance(sink, Runner) and sink.lost
+            if intake.first_at is not None and len(self._route.targets) > 1 and not lost:
+                self._router.load.measured(target.name, intake.first_at - asked_at)
+        self._leave(crossing, None, intake.usage)
+
+    def _blame(self, crossing: Crossing, error: LLMStreamError) -> None:
+        self._leave(crossing, error, self._intake.usage if self._intake is not None else None)
         name = crossing.target.name
         if isinstance(error, CannotContinue):
             self._stuck.add(name)
@@ -111,50 +189,9 @@ class Asking:
         if len(self._route.targets) > 1:
             logger.warning("target %s failed: %s", name, error.message)
 
-    def close(self) -> None:
-        """Gives back what the job has; safe to call twice."""
-        self._leave(LLMStreamError("The job was stopped."))
-        if self._granted is not None:
-            self._gates.give_back(self._granted)
-            self._granted = None
-
-    async def _ask(self, step: Step, intake: Intake) -> None:
-        granted = self._granted
-        if granted is not None and granted.target.name == step.target.name:
-            self._granted = None
-        else:
-            granted = None
-        await self._generate(step, intake, await self._gates.enter(step.target, self._wish, granted))
-
-    async def _wait_and_ask(self, step: Step, intake: Intake) -> None:
-        """Whoever is not used up has failed: waits for the first that is."""
-        assert self._wish is not None
-        intake.silent_since = None
-        crossing = await self._gates.wait(step.target, self._wish)
-        try:
-            await self._generate(step, intake, crossing)
-        except (ProviderError, ContextLengthExceeded) as error:
-            self.blame(error)
-            raise
-
-    async def _generate(self, step: Step, intake: Intake, crossing: Crossing) -> None:
-        self._crossing, target = crossing, step.target
-        self.continuable = self._goes_on(target, step.so_far or _BARELY_BEGUN)
-        asked_at = intake.expect()
-        with self._router.load.answering(target.name):
-            try:
-                await target.provider.generate(target.asked(self._request), step.so_far, intake)
-            finally:
-                if intake.first_at is not None and len(self._route.targets) > 1:
-                    self._router.load.measured(target.name, intake.first_at - asked_at)
-        if len(intake.reasons) < self._request.choices:
-            raise UpstreamBroken("The model's stream ended before the answer did.")
-        self._leave(None)
-
-    def _leave(self, error: LLMStreamError | None) -> None:
-        crossing, self._crossing = self._crossing, None
-        if crossing is not None:
-            usage = self._intake.usage if self._intake is not None else None
+    def _leave(self, crossing: Crossing, error: LLMStreamError | None, usage: Usage | None) -> None:
+        if crossing in self._crossings:
+            self._crossings.remove(crossing)
             self._gates.leave(crossing, error, usage.total_tokens if usage is not None else None)
 
     def _avoided(self) -> set[str]:

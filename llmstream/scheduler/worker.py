@@ -206,7 +206,7 @@ class Worker:
         # What a replica left when it died may start over, whatever becomes of answers that their model broke off.
         steps = asking.plan(transcript, may_restart=job.restarts or asking.fault is None)
         await asking.answer(steps, intake, restart if shown else None)
-        return self._finished(intake.usage, intake.reasons)
+        return self._finished(asking.usage(), intake.reasons)
 
     async def _history(self, begun: Begun) -> Transcript | None:
         """The answer as earlier attempts left it. The log is fenced by now, so it cannot grow any more."""
