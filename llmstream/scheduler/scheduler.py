@@ -276,7 +276,7 @@ class Scheduler:
             while left and await self._admit(name, pool, states.get(left[0]), left[0], claimed.number):
                 del left[0]
         finally:
-            for job_id in reversed(left):
+            for job_id in left:
                 await pool.lanes.release(job_id, self.replica, wake=False)
         while pool.free > 0 and pool.line.urgency < claimed.first_left and not self._full(pool):
             job_id = pool.line.first
