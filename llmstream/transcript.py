@@ -28,15 +28,21 @@ class Choice:
         if delta.text:
             self._text.append(delta.text)
             self.pieces += 1
-        self.tokens.extend(delta.tokens)
+        if delta.tokens:
+            self.tokens += delta.tokens
         if delta.fields:
             self._fields.append(delta.fields)
             self.continuable = self.continuable and delta.fields.keys() <= {"role"}
-        for key, values in (delta.logprobs or {}).items():
+        if delta.logprobs:
+            self._add_logprobs(delta.logprobs)
+        if delta.finish_reason:
+            self.finish_reason = delta.finish_reason
+
+    def _add_logprobs(self, logprobs: dict[str, Any]) -> None:
+        for key, values in logprobs.items():
             if values is not None:
                 self.logprobs = self.logprobs or {}
                 self.logprobs.setdefault(key, []).extend(values)
-        self.finish_reason = delta.finish_reason or self.finish_reason
 
     @property
     def text(self) -> str:
@@ -103,7 +109,8 @@ class Transcript:
                 if choice is None:
                     choice = self.choices[data.index] = Choice()
                 choice.add(data)
-                self.usage = data.usage or self.usage
+                if data.usage is not None:
+                    self.usage = data.usage
             elif isinstance(data, Restart):
                 self.choices.clear()
                 self.usage = None

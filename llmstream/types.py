@@ -228,12 +228,13 @@ class ModelInfo(Struct, frozen=True, omit_defaults=True):
 
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+_PAIRS = [first + second for first in _ALPHABET for second in _ALPHABET]
 
 
 def new_id(clock: Clock = time.time) -> str:
     """A new job id: 26 characters, sorted by creation time, with 80 random bits that nobody can guess."""
     number = (int(clock() * 1000) << 80) | int.from_bytes(os.urandom(10))
-    return "".join(_ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
+    return "".join([_PAIRS[(number >> shift) & 1023] for shift in range(120, -1, -10)])
 
 
 def encode(value: Any) -> bytes:

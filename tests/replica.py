@@ -52,8 +52,7 @@ class Scripted:
     async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
         async with aclosing(self._script(request, so_far)) as batches:
             async for batch in batches:
-                sink.put(batch)
-                if sink.congested:
+                if not sink.put(batch):
                     await sink.drained()
 
     async def health(self) -> dict[str, object]:

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from llmstream.api import chat, health, jobs, openai
-from llmstream.api.keys import GATEWAY, PING_S, STREAMS, Streams
+from llmstream.api.keys import GATEWAY, PINGS, STREAMS, Streams
 from llmstream.api.middleware import errors, on_prepare
+from llmstream.api.pings import Pings
 from llmstream.api.presence import PRESENCE, Presence
 from llmstream.config import Settings
 from llmstream.gateway import Gateway, open_gateway
@@ -22,7 +23,7 @@ def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.App
     app = web.Application(middlewares=[errors], client_max_size=settings.server.max_body_bytes)
     app[STREAMS] = Streams()
     app[PRESENCE] = Presence()
-    app[PING_S] = settings.server.ping_s
+    app[PINGS] = Pings(settings.server.ping_s)
     for family in (openai, chat, jobs, health):
         app.add_routes(family.routes)
     app.on_response_prepare.append(on_prepare)

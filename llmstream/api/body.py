@@ -40,7 +40,10 @@ async def _read(request: web.Request) -> bytes:
         raise unsupported_encoding()
     try:
         if request.content.is_eof():  # it came with the headers
-            return await request.read()
+            raw = request.content.read_nowait()
+            if len(raw) > limit:
+                raise _too_large(limit)
+            return raw
         async with asyncio.timeout(READ_TIMEOUT_S):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
@@ -62,6 +65,8 @@ def _decode(raw: bytes) -> Any:
         raise _too_deep() from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"The request body is not valid JSON: {error}.", code=INVALID_JSON) from None
+    if raw.count(b"{") + raw.count(b"[") <= MAX_DEPTH:
+        return value
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]

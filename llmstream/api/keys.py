@@ -7,6 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
+from llmstream.api.pings import Pings
 from llmstream.gateway import Gateway
 
 
@@ -32,4 +33,4 @@ class Streams:
 
 GATEWAY = web.AppKey("gateway", Gateway)
 STREAMS = web.AppKey("streams", Streams)
-PING_S = web.AppKey("ping_s", float)
+PINGS = web.AppKey("pings", Pings)

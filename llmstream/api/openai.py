@@ -11,7 +11,7 @@ from aiohttp import web
 from llmstream.api.body import read_json, validate
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
-from llmstream.api.presence import attended
+from llmstream.api.presence import Attended
 from llmstream.api.render import CANCELLED, ChatFormat, chat_completion, completion_id
 from llmstream.api.schemas import ChatCompletionBody, openai_request
 from llmstream.api.sse import deliver, position, serve
@@ -103,7 +103,7 @@ async def _whole(request: web.Request, job: Job, follower: Follower, headers: di
         for entry in entries:
             put(entry)
 
-    async with attended(request, follower):
+    async with Attended(request, follower):
         await deliver(follower, put, write)
     finished = transcript.finished
     failure = finished.failure if finished else None
@@ -114,7 +114,7 @@ async def _whole(request: web.Request, job: Job, follower: Follower, headers: di
         # The job was accepted and has ended: trying the same again is the caller's decision, not their SDK's.
         return web.json_response(error_body(failure), status=status, headers={**headers, "x-should-retry": "false"})
     body = msgspec.json.encode(chat_completion(job, transcript))
-    return web.Response(body=body, content_type="application/json", charset="utf-8", headers=headers)
+    return web.Response(body=body, headers={**headers, "Content-Type": "application/json; charset=utf-8"})
 
 
 def _headers(request: web.Request, job: Job) -> dict[str, str]:

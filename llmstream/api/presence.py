@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from types import TracebackType
 
 from aiohttp import web
 
@@ -24,24 +23,16 @@ class Presence:
     """
 
     def __init__(self) -> None:
-        self._watches: set[_Watch] = set()
+        self._watches: set[Attended] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    @contextmanager
-    def watch(self, request: web.Request) -> Iterator[None]:
-        """Raises ClientGone inside the context once the client has left."""
-        watch = _Watch(request)
+    def add(self, watch: Attended) -> None:
         self._watches.add(watch)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not watch.gone or watch.task.uncancel() > watch.cancelling:
-                raise
-            raise ClientGone("the client is gone") from None
-        finally:
-            self._watches.discard(watch)
+
+    def discard(self, watch: Attended) -> None:
+        self._watches.discard(watch)
 
     def _look(self) -> None:
         self._timer = None
@@ -51,37 +42,47 @@ class Presence:
             self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
 
 
-class _Watch:
-    def __init__(self, request: web.Request) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self.task = task
-        self.cancelling = task.cancelling()
-        self.gone = False
-        self._request = request
-
-    def look(self) -> None:
-        if not self.gone and self._request.transport is None:
-            self.gone = True
-            self.task.cancel()
-
-
 PRESENCE = web.AppKey("presence", Presence)
 
 
-@asynccontextmanager
-async def attended(request: web.Request, follower: Follower) -> AsyncIterator[None]:
+class Attended:
     """Counts the client as a reader inside the context, where its leave raises ConnectionError.
 
     A stream that we end ourselves leaves its reader counted until the lease lapses: time to come back.
     """
-    seat = follower.seat
-    try:
-        with request.app[PRESENCE].watch(request):
-            if seat is not None:
-                await seat.take()
-            yield
-    except ConnectionError:
-        if seat is not None:
-            await seat.leave()
-        raise
+
+    __slots__ = ("_cancelling", "_gone", "_presence", "_request", "_seat", "_task")
+
+    def __init__(self, request: web.Request, follower: Follower) -> None:
+        self._request = request
+        self._presence = request.app[PRESENCE]
+        self._seat = follower.seat
+        self._gone = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
+        self._presence.add(self)
+        if self._seat is not None:
+            try:
+                await self._seat.take()
+            except BaseException as error:
+                await self.__aexit__(type(error), error, None)
+                raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._presence.discard(self)
+        left = self._gone and isinstance(error, asyncio.CancelledError) and self._task.uncancel() <= self._cancelling
+        if self._seat is not None and (left or isinstance(error, ConnectionError)):
+            await self._seat.leave()
+        if left:
+            raise ClientGone("the client is gone") from None
+
+    def look(self) -> None:
+        """Ends the context if the client has left."""
+        if not self._gone and self._request.transport is None:
+            self._gone = True
+            self._task.cancel()

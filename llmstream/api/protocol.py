@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import socket
 from typing import Any
 
 from aiohttp import http_exceptions, web
 
 from llmstream.api.body import unreadable, unsupported_encoding
 from llmstream.api.middleware import refusal
+from llmstream.api.pings import STALL_S
 from llmstream.errors import BadRequest, LLMStreamError, error_body
 from llmstream.types import Failure
 
 LINGER_S = 1.0
 """How long a body that nobody wants is read and thrown away, so that its sender sees the answer before the end."""
+
+_TCP_USER_TIMEOUT: int | None = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux only
+_TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +61,13 @@ class Connection(web.RequestHandler):
     """One client's connection."""
 
     __slots__ = ()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        connection = transport.get_extra_info("socket")
+        if _TCP_USER_TIMEOUT is not None and connection is not None and connection.family in _TCP_FAMILIES:
+            # A host that vanished without a word would otherwise keep its streams for a quarter of an hour.
+            connection.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, int(STALL_S * 1000))
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
         """Logs what is wrong with us; a client that leaves or sends a broken body is none of that."""

@@ -45,9 +45,12 @@ def render_entry(entry: Entry, wire: Format) -> bytes:
     """The frames of an entry, made by whoever needs them first."""
     made = entry.rendered.get(wire.key)
     if made is None:
-        attempt, render = entry.attempt, wire.render
-        frames = [render(attempt, seq, data) for seq, data in enumerate(entry.payloads, entry.start)]
-        made = entry.rendered[wire.key] = b"".join(frames)
+        attempt, render, payloads = entry.attempt, wire.render, entry.payloads
+        if len(payloads) == 1:
+            made = render(attempt, entry.start, payloads[0])
+        else:
+            made = b"".join([render(attempt, seq, data) for seq, data in enumerate(payloads, entry.start)])
+        entry.rendered[wire.key] = made
     return made
 
 
@@ -95,6 +98,12 @@ def _frame(attempt: int, seq: int, body: dict[str, Any]) -> bytes:
     return b"id: %d-%d\ndata: %s\n\n" % (attempt, seq, _json(body))
 
 
+_PLAIN_CHUNK = (
+    b'id: %d-%d\ndata: %s,"choices":[{"index":%d,"delta":{"content":%s},"logprobs":null,"finish_reason":null}]}\n\n'
+)
+"""Nearly every event: text and nothing else."""
+
+
 class ChatFormat:
     """OpenAI ``chat.completion.chunk`` events, each with its ``id:``; ends with ``[DONE]``.
 
@@ -117,7 +126,9 @@ class ChatFormat:
 
     def render(self, attempt: int, seq: int, data: Payload) -> bytes:
         if isinstance(data, Delta):
-            return b"id: %d-%d\ndata: %s%s}\n\n" % (attempt, seq, self._head, _choice(data))
+            if data.fields is None and data.logprobs is None and data.finish_reason is None:
+                return _PLAIN_CHUNK % (attempt, seq, self._head, data.index, _json(data.text))
+            return b'id: %d-%d\ndata: %s,"choices":[%s]}\n\n' % (attempt, seq, self._head, _choice(data))
         if isinstance(data, Started):
             return self._roles(attempt, seq) if attempt == 1 else b""
         if isinstance(data, Restart):
@@ -147,16 +158,10 @@ class ChatFormat:
 
 
 def _choice(data: Delta) -> bytes:
-    if data.fields is None and data.logprobs is None and data.finish_reason is None:
-        text = _json(data.text)
-        return b',"choices":[{"index":%d,"delta":{"content":%s},"logprobs":null,"finish_reason":null}]' % (
-            data.index,
-            text,
-        )
     delta = {**(data.fields or {})}
     if data.text or not (delta or data.finish_reason):
         delta["content"] = data.text
-    return b',"choices":[{"index":%d,"delta":%s,"logprobs":%s,"finish_reason":%s}]' % (
+    return b'{"index":%d,"delta":%s,"logprobs":%s,"finish_reason":%s}' % (
         data.index,
         _json(delta),
         _json(data.logprobs),

@@ -6,14 +6,17 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from types import TracebackType
+from typing import Self
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import StreamWriter
 from aiohttp_sse import EventSourceResponse
 
-from llmstream.api.keys import PING_S, STREAMS
-from llmstream.api.presence import attended
+from llmstream.api.keys import PINGS, STREAMS
+from llmstream.api.pings import STALL_S, Pings
+from llmstream.api.presence import Attended
 from llmstream.api.render import Format, render_entry
 from llmstream.errors import BadRequest, LLMStreamError, StoreError, StoreUnavailable
 from llmstream.store.entry import Entry
@@ -21,6 +24,7 @@ from llmstream.store.follower import Follower
 from llmstream.types import BEGINNING, EventId
 
 RETRY_FRAME = b"retry: 1000\n\n"
+PING_FRAME = b": ping\n\n"
 QUEUE_LOOK_S = 1.0
 CONGESTED_BYTES = 64 * 1024
 """What may wait for a slow client; the rest stays in the log."""
@@ -34,18 +38,25 @@ Waiting = Callable[[], Awaitable[bytes]]
 
 
 class Stream(EventSourceResponse):
-    """aiohttp-sse's headers, ping and disconnect; frames are written as ready bytes."""
+    """aiohttp-sse's headers and disconnect; frames are written as ready bytes, and one timer serves all streams."""
 
-    def __init__(self, *, ping_s: float, headers: dict[str, str]) -> None:
-        super().__init__(ping_interval=ping_s, allow_all_methods=True, sep="\n", headers=headers)
+    def __init__(self, pings: Pings, *, headers: dict[str, str]) -> None:
+        super().__init__(allow_all_methods=True, headers=headers, send_timeout=None)
+        self._pings = pings
+        self._last_look = (-1, 0)
+        self._same_since = 0.0
         self._writer: StreamWriter | None = None
+        self._transport: asyncio.Transport | None = None
+        self._headed = False
+        self.ending = b""
+        """The last frames, which go out together with the end of the body."""
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         if request.transport is None:
             raise ConnectionResetError("the client is gone")
         writer = await super().prepare(request)
         if isinstance(writer, StreamWriter):  # the server prepares each response once more when its handler returns
-            self._writer = writer
+            self._writer, self._transport = writer, request.transport
         return writer
 
     def put(self, frames: bytes) -> bool:
@@ -53,18 +64,49 @@ class Stream(EventSourceResponse):
 
         Raises ConnectionError when the client is gone.
         """
-        writer = self._writer
+        writer, transport = self._writer, self._transport
         assert writer is not None
-        transport = writer.transport
-        if transport is None or transport.is_closing():
+        assert transport is not None
+        if transport.is_closing():
             raise ConnectionResetError("the client is gone")
         if frames:
-            writer.send_headers()
-            # What aiohttp's own write does without compression, less a coroutine and four calls for each token.
-            transport.write(b"%x\r\n%b\r\n" % (len(frames), frames) if writer.chunked else frames)
-            writer.output_size += len(frames)
-            writer.buffer_size += len(frames)  # what makes its write() wait for a slow client
+            if self._headed:
+                # What aiohttp's own write does without compression, less a coroutine and four calls for each token.
+                transport.write(b"%x\r\n%b\r\n" % (len(frames), frames) if writer.chunked else frames)
+                writer.output_size += len(frames)
+                writer.buffer_size += len(frames)  # what makes its write() wait for a slow client
+            else:  # in one packet with the headers
+                self._headed = True
+                with suppress(StopIteration):
+                    writer.write(frames, drain=False).send(None)
         return transport.get_write_buffer_size() < CONGESTED_BYTES
+
+    def look(self, now: float) -> None:
+        """Called by :class:`Pings`."""
+        writer, transport = self._writer, self._transport
+        assert writer is not None
+        assert transport is not None
+        found = (writer.output_size, transport.get_write_buffer_size())
+        if found != self._last_look:
+            self._last_look, self._same_since = found, now
+        elif found[1]:
+            if now - self._same_since >= STALL_S:
+                transport.abort()
+        elif now - self._same_since >= self._pings.ping_s and not transport.is_closing():
+            self.put(PING_FRAME)
+
+    async def _ping(self) -> None:
+        """What would be a sleeping task for each stream."""
+
+    async def __aenter__(self) -> Self:
+        self._pings.add(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pings.discard(self)
+        await super().__aexit__(kind, error, trace)
 
 
 def position(request: web.Request) -> EventId:
@@ -99,17 +141,17 @@ async def serve(
     follower.hurry()
     streams = request.app[STREAMS]
     streams.add(task)
-    response = Stream(ping_s=request.app[PING_S], headers=headers)
+    response = Stream(request.app[PINGS], headers=headers)
     try:
         with follower:
-            async with attended(request, follower):
+            async with Attended(request, follower):
                 await response.prepare(request)
                 async with response:
                     if waiting is not None:
                         await response.write(RETRY_FRAME)
                         await _announce(response, follower, waiting)
                     await _pump(response, follower, wire)
-                await response.write_eof()
+                await response.write_eof(response.ending)
     except ConnectionError:
         logger.debug("the client went away", extra={"job_id": headers.get("x-job-id")})
     except Exception:
@@ -149,10 +191,18 @@ async def deliver(
 
 async def _pump(response: Stream, follower: Follower, wire: Format) -> None:
     def put(entry: Entry) -> bool:
-        return response.put(render_entry(entry, wire))
+        frames = render_entry(entry, wire)
+        if entry.terminal:
+            response.ending = frames
+            return True
+        return response.put(frames)
 
     async def write(entries: list[Entry]) -> None:
-        await response.write(b"".join([render_entry(entry, wire) for entry in entries]))
+        frames = b"".join([render_entry(entry, wire) for entry in entries])
+        if entries[-1].terminal:
+            response.ending = frames
+        else:
+            await response.write(frames)
 
     try:
         await deliver(follower, put, write)

@@ -19,12 +19,11 @@ class CannotContinue(UpstreamBroken):
 class Sink(Protocol):
     """Where a provider puts what it generates."""
 
-    @property
-    def congested(self) -> bool:
-        """Whether the provider should wait for ``drained`` before it puts more."""
+    def put(self, deltas: Sequence[Delta]) -> bool:
+        """Takes one or more new deltas; False: wait for ``drained`` before putting more.
 
-    def put(self, deltas: Sequence[Delta]) -> None:
-        """Takes one or more new deltas; never raises, and may be called from any callback of the event loop."""
+        Never raises, and may be called from any callback of the event loop.
+        """
 
     async def drained(self) -> None:
         """Returns when there is room again; what it raises ends the generation."""

@@ -44,6 +44,12 @@ class EventStream:
 
     def feed(self, data: bytes) -> list[bytes]:
         """Returns the data of every event that ``data`` completes. Raises TooLarge."""
+        if not (self._tail or self._data) and data.startswith(b"data: ") and data.endswith(b"\n\n"):
+            plain = data[6:-2].split(b"\n\ndata: ")
+            if data.count(b"\n") == 2 * len(plain) and b"\r" not in data:  # so nearly all data comes
+                self._fresh = self._after_cr = False
+                self._held = 0
+                return plain
         if self._after_cr and data.startswith(b"\n"):
             data = data[1:]
         lines = data.splitlines()
@@ -147,17 +153,22 @@ class Answer(ABC):
             self._fail(f"reported an error instead of an answer: {self.complaint.message}")
             return
         added = len(deltas)
-        deltas += [delta for choice in chunk.choices or () if (delta := self._delta(choice))]
+        for choice in chunk.choices or ():
+            members = choice.delta
+            if members and len(members) == 1 and not (choice.finish_reason or choice.logprobs):
+                text = members.get("content")
+                if text and type(text) is str:  # nearly all chunks are so plain
+                    self._seen.add(choice.index)
+                    deltas.append(Delta(text, choice.index))
+                    continue
+            if delta := self._delta(choice):
+                deltas.append(delta)
         if chunk.usage:
             last = deltas.pop() if len(deltas) > added else Delta()
             deltas.append(msgspec.structs.replace(last, usage=_usage(chunk.usage)))
 
     def _delta(self, choice: _Choice) -> Delta | None:
         self._seen.add(choice.index)
-        if choice.delta and len(choice.delta) == 1 and not (choice.finish_reason or choice.logprobs):
-            text = choice.delta.get("content")
-            if text and type(text) is str:  # nearly all chunks are so plain
-                return Delta(text, choice.index)
         if choice.finish_reason == "error":
             self._fail("gave up in the middle of the answer")
             return None
@@ -192,16 +203,9 @@ class ChunkStream(Answer):
 
     def feed(self, data: bytes) -> list[Delta]:
         try:
-            return self._take(self._events.feed(data))
+            events = self._events.feed(data)
         except TooLarge:
             return self._fail(f"sent an event of more than {MAX_EVENT_BYTES} bytes")
-
-    def close(self) -> list[Delta]:
-        deltas = self.feed(END_OF_EVENT)
-        self.cut("ended the stream before the answer was whole: a finish reason is missing")
-        return deltas
-
-    def _take(self, events: list[bytes]) -> list[Delta]:
         deltas: list[Delta] = []
         for event in events:
             if self.ended:
@@ -210,6 +214,11 @@ class ChunkStream(Answer):
                 self.cut("said [DONE] before the answer was whole: a finish reason is missing")
             elif event:
                 self._read(event, deltas)
+        return deltas
+
+    def close(self) -> list[Delta]:
+        deltas = self.feed(END_OF_EVENT)
+        self.cut("ended the stream before the answer was whole: a finish reason is missing")
         return deltas
 
 

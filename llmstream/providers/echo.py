@@ -126,8 +126,7 @@ class EchoProvider:
                 if plan.fault_at == position:
                     await self._fail(options)
                 step = await self._pace(plan, position)
-                sink.put(plan.batch(position, position + step))
-                if sink.congested:
+                if not sink.put(plan.batch(position, position + step)):
                     await sink.drained()
                 position += step
             if plan.fault_at == position:

@@ -102,11 +102,10 @@ class OpenAIProvider:
             sink.put([Delta(finish_reason="length", usage=so_far.usage)])
             return
 
-        def put(deltas: list[Delta]) -> None:
+        def put(deltas: list[Delta]) -> bool:
             if so_far is not None:
                 deltas = [with_earlier(delta, so_far, produced) for delta in deltas]
-            if deltas:
-                sink.put(deltas)
+            return not deltas or sink.put(deltas)
 
         if self._client is None:
             raise ProviderError(self._says("is not open"))
@@ -161,12 +160,11 @@ class OpenAIProvider:
             raise UpstreamBroken(self._says(f"answered a web page; check providers.{self.name}.base_url"))
         return ChunkStream(choices)
 
-    async def _read(self, response: Connection, answer: Answer, put: Callable[[list[Delta]], None], sink: Sink) -> None:
+    async def _read(self, response: Connection, answer: Answer, put: Callable[[list[Delta]], bool], sink: Sink) -> None:
         """Reads an answer to its end; raising stops the upstream."""
 
         def take(data: bytes) -> bool:
-            put(answer.feed(data))
-            return not (answer.ended or sink.congested)
+            return put(answer.feed(data)) and not answer.ended
 
         try:
             while await response.read(take) and not answer.ended:

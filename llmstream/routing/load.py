@@ -6,8 +6,7 @@ over all replicas is what a limit on ``concurrency`` keeps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 STALE_S = 60.0
@@ -29,18 +28,12 @@ class Load:
         self._running: dict[str, int] = {}
         self._measured: dict[str, _Measured] = {}
 
-    @contextmanager
-    def answering(self, name: str) -> Iterator[None]:
-        """Counts an answer of a target while the block runs."""
+    def began(self, name: str) -> None:
+        """A target is being asked, until :meth:`ended`."""
         self._running[name] = self._running.get(name, 0) + 1
-        try:
-            yield
-        finally:
-            left = self._running[name] - 1
-            if left:
-                self._running[name] = left
-            else:
-                del self._running[name]
+
+    def ended(self, name: str) -> None:
+        self._running[name] -= 1
 
     def measured(self, name: str, seconds: float) -> None:
         """Takes note of the time that a target took to its first token."""

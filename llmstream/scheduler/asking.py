@@ -160,9 +160,10 @@ class Asking:
         self._crossings.append(crossing)
         self.continuable = self._goes_on(target, step.so_far or _BARELY_BEGUN) and (alone or self.continuable)
         asked_at = intake.expect()
+        load = self._router.load
+        load.began(target.name)
         try:
-            with self._router.load.answering(target.name):
-                await target.provider.generate(target.asked(self._request), step.so_far, sink)
+            await target.provider.generate(target.asked(self._request), step.so_far, sink)
             if len(intake.reasons) < self._request.choices:
                 raise UpstreamBroken("The model's stream ended before the answer did.")
         except (ProviderError, ContextLengthExceeded) as error:
@@ -174,8 +175,9 @@ class Asking:
             raise
         finally:
             lost = isinstance(sink, Runner) and sink.lost
+            load.ended(target.name)
             if intake.first_at is not None and len(self._route.targets) > 1 and not lost:
-                self._router.load.measured(target.name, intake.first_at - asked_at)
+                load.measured(target.name, intake.first_at - asked_at)
         self._leave(crossing, None, intake.usage)
 
     def _blame(self, crossing: Crossing, error: LLMStreamError) -> None:

@@ -27,10 +27,6 @@ class Intake:
         self._clock = clock
 
     @property
-    def congested(self) -> bool:
-        return self._writer.congested
-
-    @property
     def got_token(self) -> bool:
         return self.first_at is not None
 
@@ -39,19 +35,23 @@ class Intake:
         self.silent_since = now = self._clock()
         return now
 
-    def put(self, deltas: Sequence[Delta]) -> None:
-        if self._writer.lost is not None:  # the attempt is being stopped
-            return
+    def put(self, deltas: Sequence[Delta]) -> bool:
+        writer = self._writer
+        if writer.lost is not None:  # the attempt is being stopped
+            return True
         self.silent_since = now = self._clock()
         if self.first_at is None:
             self.first_at = now
+        size = EVENT_BYTES * len(deltas)
         for delta in deltas:
-            self._writer.append(delta, len(delta.text) + EVENT_BYTES)
-            self.usage = delta.usage or self.usage
+            size += len(delta.text)
+            if delta.usage is not None:
+                self.usage = delta.usage
             if delta.fields:
                 self.text_only = False
             if delta.finish_reason is not None:
                 self.reasons[delta.index] = delta.finish_reason
+        return writer.extend(deltas, size)
 
     async def drained(self) -> None:
         """Waits for the store, which is no silence of the model."""

@@ -91,13 +91,8 @@ class Runner:
         """Whether the other one was faster."""
         return self._race.decided and not self._race.claim(self)
 
-    @property
-    def congested(self) -> bool:
-        return self._sink.congested
-
-    def put(self, deltas: Sequence[Delta]) -> None:
-        if deltas and self._race.claim(self):
-            self._sink.put(deltas)
+    def put(self, deltas: Sequence[Delta]) -> bool:
+        return not deltas or not self._race.claim(self) or self._sink.put(deltas)
 
     async def drained(self) -> None:
         await self._sink.drained()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import hiredis
 from redis import exceptions
@@ -146,10 +146,9 @@ class Connection(asyncio.Protocol):
 Connect = Callable[[], Connection]
 
 
-def pack(command: tuple[Arg, ...]) -> bytes:
-    """One command in the store's protocol. Raises ValueError or TypeError for what cannot be sent."""
-    packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its stub knows commands of one word only
-    return packed
+# Its stub knows commands of one word only.
+pack = cast(Callable[[tuple[Arg, ...]], bytes], hiredis.pack_command)
+"""One command in the store's protocol. Raises ValueError or TypeError for what cannot be sent."""
 
 
 def connector(url: str, timeout_s: float) -> Connect:

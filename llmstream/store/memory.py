@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from msgspec.structs import replace
@@ -244,8 +244,6 @@ class MemoryWriter:
     An answer that outgrows its limits is lost: ``on_lost`` is called, and the job can only end as failed.
     """
 
-    congested = False
-
     def __init__(self, memory: Memory, kept: _Kept, begun: Begun) -> None:
         self.lost: LLMStreamError | None = None
         self.on_lost: Callable[[LLMStreamError], None] | None = None
@@ -257,12 +255,17 @@ class MemoryWriter:
 
     def append(self, payload: Payload, size: int) -> None:
         """Queues one event of about ``size`` bytes. Raises what made the writer lose the log."""
+        self.extend((payload,), size)
+
+    def extend(self, payloads: Sequence[Payload], size: int) -> bool:
+        """Queues events, like :meth:`append`; nothing ever waits here for long, so there is always room for more."""
         if self.lost is not None:
             raise self.lost
         if not self._pending:
             asyncio.get_running_loop().call_soon(self._publish)
-        self._pending.append(payload)
+        self._pending += payloads
         self._pending_bytes += size
+        return True
 
     async def flush(self) -> None:
         """Shows everything appended so far."""

@@ -46,6 +46,7 @@ class Lazy(NamedTuple):
 
 
 _Waiting = tuple[Command | Lazy, Settle]
+_UNTAKEN = "a reply of the store could not be taken in"
 
 
 class Script:
@@ -241,8 +242,11 @@ class Pipeline(Sender):
             settle = unanswered.popleft()
             if isinstance(reply, Refusal):
                 tell(settle, None, self._refused(str(reply)))
-            else:
-                tell(settle, reply, None)
+                continue
+            try:  # as in tell(), without the call
+                settle(reply, None)
+            except Exception:
+                logger.exception(_UNTAKEN)
         if not unanswered:
             self._landed()
 
@@ -337,7 +341,7 @@ def tell(settle: Settle, reply: Any, error: Exception | None) -> None:
     try:
         settle(reply, error)
     except Exception:  # one caller's defect must not silence the store for all others
-        logger.exception("a reply of the store could not be taken in")
+        logger.exception(_UNTAKEN)
 
 
 def _meaning(refusal: str) -> StoreUnavailable:

@@ -73,10 +73,10 @@ class Trail:
 class _Span:
     """What was acknowledged during ``SPAN_S`` seconds, or sooner came to ``SPAN_BYTES``."""
 
-    __slots__ = ("bytes", "redo_bytes", "redos", "since", "trails")
+    __slots__ = ("bytes", "ends", "redo_bytes", "redos", "trails")
 
     def __init__(self, since: float) -> None:
-        self.since = since
+        self.ends = since + SPAN_S
         self.trails: dict[Trail, EventId] = {}
         """Up to where each log was written by then."""
         self.redos: list[Redo] = []
@@ -104,13 +104,17 @@ class Recent:
 
     def keep(self, trail: Trail, previous: EventId, last: EventId, data: bytes) -> None:
         """Keeps an acknowledged entry, and of the others of its log as much as one log may have."""
-        span, size = self._span(), len(data) + _OVERHEAD
+        span, size = self._spans[-1], len(data) + _OVERHEAD
+        if span.bytes >= SPAN_BYTES or self._clock() >= span.ends:
+            span = self._span()
         trail.entries.append(Kept(previous, last, data))
         trail.logged = last
         trail.bytes += size
         span.trails[trail] = last
         span.bytes += size
-        self._count(size)
+        self.bytes += size
+        if self.bytes > KEEP_BYTES:
+            self._shrink()
         if trail.bytes > KEEP_BYTES_OF_ONE:
             self._trim(trail)
 
@@ -133,17 +137,18 @@ class Recent:
         span.redos.append(redo)
         span.redo_bytes += size
         span.bytes += size
-        self._count(size)
+        self.bytes += size
+        self._shrink()
 
     def _span(self) -> _Span:
         """The current span; when it is full a new one, which lets go of those that are old enough."""
         span, now = self._spans[-1], self._clock()
-        if now < span.since + SPAN_S and span.bytes < SPAN_BYTES:
+        if now < span.ends and span.bytes < SPAN_BYTES:
             return span
         self._spans.append(_Span(now))
         # Time stands still while the server is away or has not got everything back.
         if self._presence.trouble is None and not self._presence.recovering:
-            while self._spans[0].since + SPAN_S <= now - KEEP_S:
+            while self._spans[0].ends <= now - KEEP_S:
                 self._drop()
         return self._spans[-1]
 
@@ -151,8 +156,7 @@ class Recent:
         """To be called now and then: what is old goes also when nothing is written."""
         self._span()
 
-    def _count(self, size: int) -> None:
-        self.bytes += size
+    def _shrink(self) -> None:
         while self.bytes > KEEP_BYTES and len(self._spans) > 1:
             self._drop()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from llmstream.errors import Fenced, StoreError, StoreUnavailable
@@ -77,18 +77,19 @@ class Writer:
         self._idle.set()
         self._take(begun.entry, encode_payloads(begun.entry.payloads))
 
-    @property
-    def congested(self) -> bool:
-        """True while more waits for the store than should be held in memory."""
-        return self._pending_bytes > CONGESTED_BYTES
-
     def append(self, payload: Payload, size: int) -> None:
         """Queues one event of about ``size`` bytes. Raises what made the writer lose the log."""
+        self.extend((payload,), size)
+
+    def extend(self, payloads: Sequence[Payload], size: int) -> bool:
+        """Queues events, like :meth:`append`; False while more waits for the store than should be held in memory."""
         if self.lost is not None:
             raise self.lost
-        self._pending.append(payload)
+        self._pending += payloads
         self._pending_bytes += size
-        self._arm()
+        if not self._armed:
+            self._arm()
+        return self._pending_bytes <= CONGESTED_BYTES
 
     async def flush(self) -> None:
         """Waits until everything appended so far is acknowledged. Raises Fenced or StoreUnavailable."""
@@ -136,10 +137,9 @@ class Writer:
         self._on_close(self)
 
     def _arm(self) -> None:
-        due = (self._pending and not self._ending) or self._inflight or self._life != self._presence.life
         if self._armed or self.lost is not None:
             return
-        if due:
+        if (self._pending and not self._ending) or self._inflight or self._life != self._presence.life:
             self._armed = True
             self._idle.clear()
             # Somebody may wait for the first token; the others come in a row anyway.

@@ -127,3 +127,45 @@ async def test_clients_that_leave_at_once_are_no_error(
         assert response.status == 200
     await wait_until(lambda: readers() == 0)
     assert not troubles(caplog)
+
+
+async def test_silent_streams_are_pinged(server: Server) -> None:
+    """A stream on which nothing happens shows comments, one in each interval, between whole frames."""
+    connection = await ask(server, "/v1/chat/completions", conversation(echo=STALL, stream=True))
+    loop, heard = asyncio.get_running_loop(), b""
+    while heard.count(b": ping\n\n") < 3:
+        heard += await loop.sock_recv(connection, 4096)
+    connection.close()
+    pings = heard.split(b": ping\n\n")
+    assert pings[0].count(b"data:") >= 3
+    assert b"data:" not in pings[1] + pings[2]
+
+
+async def test_a_client_that_takes_nothing_is_given_up(
+    server: Server, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stalled connection does not stay open for ever; its job goes on and can be read by others."""
+    monkeypatch.setattr("llmstream.api.sse.STALL_S", 0.2)
+    answer = await submit(http, echo={"tokens": 100_000})
+    connection = await ask(server, answer["stream_url"])
+    await wait_until(lambda: readers() == 1)
+    await wait_until(lambda: readers() == 0)
+    connection.close()
+    assert (await finished(server, answer["task_id"])).status == "completed"
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no such option")
+async def test_a_vanished_host_is_noticed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel gives up every connection on which nothing is acknowledged for long."""
+    made: list[int] = []
+    before = Connection.connection_made
+
+    def spy(self: Connection, transport: asyncio.BaseTransport) -> None:
+        before(self, transport)
+        own = transport.get_extra_info("socket")
+        made.append(own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+
+    monkeypatch.setattr(Connection, "connection_made", spy)
+    (await ask(server, "/health")).close()
+    await wait_until(lambda: bool(made))
+    assert made == [120_000]

@@ -20,17 +20,18 @@ class Tray:
         self._empty = asyncio.Event()
 
     @property
-    def congested(self) -> bool:
+    def full(self) -> bool:
         return bool(self._deltas)
 
     @property
     def characters(self) -> int:
         return sum(len(delta.text) for delta in self._deltas)
 
-    def put(self, deltas: Sequence[Delta]) -> None:
+    def put(self, deltas: Sequence[Delta]) -> bool:
         self._deltas += deltas
         self._empty.clear()
         self.changed.set()
+        return False
 
     async def drained(self) -> None:
         await self._empty.wait()
@@ -50,7 +51,7 @@ async def batches(
     task = asyncio.create_task(provider.generate(request, so_far, tray))
     task.add_done_callback(lambda _: tray.changed.set())
     try:
-        while not task.done() or tray.congested:
+        while not task.done() or tray.full:
             await tray.changed.wait()
             if batch := tray.take():
                 yield batch

@@ -445,7 +445,7 @@ async def test_slow_reader_slows_the_upstream(provider: OpenAIProvider, upstream
     upstream.replies.append(Reply(pieces=["x" * 65536] * 1000))
     tray = Tray()
     task = asyncio.create_task(provider.generate(ask(), None, tray))
-    await wait_until(lambda: tray.congested)
+    await wait_until(lambda: tray.full)
     held = -1
     while tray.characters > held:
         held = tray.characters
@@ -453,7 +453,7 @@ async def test_slow_reader_slows_the_upstream(provider: OpenAIProvider, upstream
     assert held < 10_000_000
     assert not upstream.requests[0].answered
     taken = len("".join(delta.text for delta in tray.take()))
-    while not task.done() or tray.congested:
+    while not task.done() or tray.full:
         taken += sum(len(delta.text) for delta in tray.take())
         await asyncio.sleep(0)
     assert taken == 65536 * 1000

@@ -132,10 +132,13 @@ def test_cheapest() -> None:
 def test_least_busy() -> None:
     """The fewest answers at once for its weight, in the configured order where they are even."""
     load = Load(Clock())
-    with load.answering("a/x"):
-        assert ordered("least_busy", load, x={}, y={}, z={}) == ["y", "z", "x"]
-        with load.answering("a/y"), load.answering("a/z"), load.answering("a/z"):
-            assert ordered("least_busy", load, x={}, y={"weight": 3}, z={"weight": 4}) == ["y", "z", "x"]
+    load.began("a/x")
+    assert ordered("least_busy", load, x={}, y={}, z={}) == ["y", "z", "x"]
+    for name in ("a/y", "a/z", "a/z"):
+        load.began(name)
+    assert ordered("least_busy", load, x={}, y={"weight": 3}, z={"weight": 4}) == ["y", "z", "x"]
+    for name in ("a/x", "a/y", "a/z", "a/z"):
+        load.ended(name)
     assert ordered("least_busy", load, x={}, y={}) == ["x", "y"]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
+from types import TracebackType
 
 import aiohappyeyeballs
 
@@ -66,8 +66,7 @@ class Client:
         for connection in list(self._open):
             connection.abort()
 
-    @asynccontextmanager
-    async def post(self, where: bytes, body: bytes) -> AsyncIterator[Connection]:
+    def post(self, where: bytes, body: bytes) -> Exchange:
         """Sends a request; the block gets the connection with status and headers. Raises Broken.
 
         Leaving the block by an exception stops the upstream at once; after a plain end what is left of the answer is
@@ -80,25 +79,36 @@ class Client:
             len(body),
             body,
         )
-        async with self._turns:
-            connection = await self._ask(request)
-            linger = False
-            try:
-                yield connection
-                linger = True
-            finally:
-                self._settle(connection, linger=linger)
+        return Exchange(self, request)
 
-    async def _ask(self, request: bytes) -> Connection:
-        if self._idle:
-            kept, _ = self._idle.popitem()
-            try:
-                return await _exchange(kept, request)
-            except Broken:
-                # The other side may have closed it while the request was on its way.
-                if kept.answered:
-                    raise
-        return await _exchange(await self._connect(), request)
+    async def begin(self, request: bytes) -> Connection:
+        """Waits for a free connection, sends on it and waits for the head of the answer; to be followed by ``end``."""
+        await self._turns.acquire()
+        try:
+            if self._idle:
+                kept, _ = self._idle.popitem()
+                try:
+                    return await _exchange(kept, request)
+                except Broken:
+                    # The other side may have closed it while the request was on its way.
+                    if kept.answered:
+                        raise
+            return await _exchange(await self._connect(), request)
+        except BaseException:
+            self._turns.release()
+            raise
+
+    def end(self, connection: Connection, *, linger: bool) -> None:
+        """Keeps the connection, waits for the end of the answer where that may come soon, or closes."""
+        self._turns.release()
+        if connection.reusable:
+            self._keep(connection)
+        elif linger and connection.alive and not connection.complete:
+            self._lingering[connection] = asyncio.get_running_loop().time() + LINGER_S
+            connection.forget()
+            self._sweep_later()
+        else:
+            connection.abort()
 
     async def _connect(self) -> Connection:
         if self._closed:
@@ -162,17 +172,6 @@ class Client:
                 self._addresses, self._known_until = list(found), loop.time() + NAME_S
         return self._addresses
 
-    def _settle(self, connection: Connection, *, linger: bool) -> None:
-        """The block was left: keeps the connection, waits for the end of the answer, or closes."""
-        if connection.reusable:
-            self._keep(connection)
-        elif linger and connection.alive and not connection.complete:
-            self._lingering[connection] = asyncio.get_running_loop().time() + LINGER_S
-            connection.forget()
-            self._sweep_later()
-        else:
-            connection.abort()
-
     def _on_rest(self, connection: Connection) -> None:
         if self._lingering.pop(connection, None) is not None:
             if connection.reusable:
@@ -201,6 +200,25 @@ class Client:
                 connection.abort()
         if self._idle or self._lingering:
             self._sweep_later()
+
+
+class Exchange:
+    """The block of :meth:`Client.post`."""
+
+    __slots__ = ("_client", "_connection", "_request")
+
+    def __init__(self, client: Client, request: bytes) -> None:
+        self._client = client
+        self._request = request
+
+    async def __aenter__(self) -> Connection:
+        self._connection = await self._client.begin(self._request)
+        return self._connection
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.end(self._connection, linger=kind is None)
 
 
 async def _exchange(connection: Connection, request: bytes) -> Connection:
