@@ -45,8 +45,8 @@ local function roll()
   for slice = first, math.min(oldest - 1, tonumber(kept[2] or 0)) do
     local gone = redis.call('HMGET', window, 'r' .. slice, 't' .. slice)
     if gone[1] then
-      redis.call('HINCRBY', window, 'requests', -gone[1])
-      redis.call('HINCRBY', window, 'tokens', -gone[2])
+      redis.call('HINCRBY', window, 'requests', 0 - gone[1])
+      redis.call('HINCRBY', window, 'tokens', 0 - gone[2])
       redis.call('HDEL', window, 'r' .. slice, 't' .. slice)
     end
   end
@@ -100,8 +100,9 @@ local urgency = tonumber(ARGV[14])
 local forgotten = renew()
 local held = redis.call('HGET', holds, name)
 if held then
-  local slice, reserved = read(held)
-  hold(name, slice, reserved, number)
+  local slice, reserved, known = read(held)
+  -- What arrives late is not the latest.
+  if known < tonumber(number) then hold(name, slice, reserved, number) end
   keep()
   return {1, 0, forgotten}
 end

@@ -104,8 +104,10 @@ class Budgets:
         ttl_ms = 2 * window_ms + int((lease_s + KEEP_S) * 1000)
         self._settings = (int(lease_s * 1000), ttl_ms, window_ms, math.ceil(window_ms / SLICES), keys.room)
         self._numbers = itertools.count(1)
-        self._held: dict[str, dict[str, Reservation | None]] = {}
-        """By target and name; None while its answer, or that of its end, is on its way."""
+        self._held: dict[str, dict[int, Reservation]] = {}
+        """By target and number."""
+        self._moving: set[int] = set()
+        """Numbers of those whose beginning or end is on its way."""
         self._ends: list[tuple[Reservation, int | None]] = []
         """What is over but could not be settled, and the tokens it used."""
         self._lines: dict[str, WaitingLine] = {}
@@ -118,7 +120,8 @@ class Budgets:
     ) -> Reservation:
         """Reserves like :meth:`reserve`, and waits in line for as long as the caller does.
 
-        Of all who wait on any replica the one with the least ``urgency`` goes first, by default the one who came first.
+        Of all who wait on any replica the one with the least ``urgency`` goes first, by default the one who came first;
+        one who wants much is not overtaken by those who want little.
         """
         urgency = self._clock() if urgency is None else urgency
         rest_s = 0.0
@@ -137,17 +140,20 @@ class Budgets:
                     if isinstance(found, Reservation):
                         return found
                     place.rest(min(found.after_s, POLL_S))
+            except BaseException:
+                if len(line) == 1:
+                    self._step_back(target)
+                raise
             finally:
                 if len(line) == 1:
                     del self._lines[target]
-                    self._step_back(target)
 
     async def reserve(
         self, target: str, limits: Limits, tokens: int, name: str, urgency: float | None = None
     ) -> Reservation | Wait:
         """Takes a slot, a request and ``tokens``, all or nothing.
 
-        ``name`` is unique to the try and used again only after StoreUnavailable: then a lost answer counts once.
+        ``name`` is unique to the try; used again after StoreUnavailable, it finds what a lost answer has taken.
         Whoever is told to wait has a place in line for three seconds. Raises TooManyTokens, StoreUnavailable.
         """
         if limits.tokens is not None and tokens > limits.tokens:
@@ -157,28 +163,29 @@ class Budgets:
                 param="max_tokens",
             )
         urgency_ms = int((self._clock() if urgency is None else urgency) * 1000)
-        number, life = next(self._numbers), self._presence.life
+        reservation = Reservation(target, name, next(self._numbers), tokens, self._presence.life)
         held = self._held.setdefault(target, {})
-        held[name] = None
+        held[reservation.number] = reservation
+        self._moving.add(reservation.number)
         most = ("" if limit is None else limit for limit in limits)
-        asked = (self._field(name), number, tokens, *most, urgency_ms, int(3000 * POLL_S))
+        asked = (self._field(name), reservation.number, tokens, *most, urgency_ms, int(3000 * POLL_S))
         try:
             granted, after_ms, forgotten, *reason = await self._run(RESERVE, target, *asked)
         except asyncio.CancelledError:
             self._unsure.add(target)
-            self._end(Reservation(target, name, number, tokens, life), None)
+            self._end(reservation, None)
             self._step_back(target)
             raise
         except StoreUnavailable:  # whether it happened shows when reservations are compared
             self._unsure.add(target)
-            self._drop(target, name)
+            self._drop(reservation)
             raise
         if forgotten and len(held) > 1:
             self._unsure.add(target)
         if granted:
-            held[name] = reservation = Reservation(target, name, number, tokens, life)
+            self._moving.discard(reservation.number)
             return reservation
-        self._drop(target, name)
+        self._drop(reservation)
         return Wait(after_ms / 1000 or POLL_S, reason[0].decode())
 
     def settle(self, reservation: Reservation, used_tokens: int) -> None:
@@ -218,7 +225,7 @@ class Budgets:
 
     async def _renew(self, target: str) -> None:
         held = self._held.get(target, {})
-        reborn = any(one is not None and one.life != self._presence.life for one in held.values())
+        reborn = any(one.life != self._presence.life for one in held.values())
         if target not in self._unsure and not reborn and not await self._run(RENEW, target):
             return
         self._unsure.discard(target)
@@ -229,28 +236,27 @@ class Budgets:
             raise
 
     async def _reconcile(self, target: str) -> None:
-        life, known = self._presence.life, list[Arg]()
-        for name, one in self._held.get(target, {}).items():
-            known += self._field(name), 0 if one is None else one.number, "" if one is None else one.tokens
-            known.append(int(one is not None and one.life != life))
+        held, life, known = self._held.get(target, {}), self._presence.life, list[Arg]()
+        for number, one in held.items():
+            tokens = "" if number in self._moving else one.tokens
+            known += self._field(one.name), number, tokens, int(one.life != life)
+        told = set(held)
         await self._run(RECONCILE, target, next(self._numbers), *known)
-        held = self._held.get(target, {})
-        for name, one in held.items():
-            if one is not None and one.life != life:
-                held[name] = one._replace(life=life)
+        for number in told & held.keys():
+            held[number] = held[number]._replace(life=life)
 
     def _end(self, reservation: Reservation, used: int | None) -> None:
-        target, name = reservation.target, reservation.name
-        self._held.setdefault(target, {})[name] = None
+        target, number = reservation.target, reservation.number
+        self._moving.add(number)
 
         def ended(_reply: Any, error: Exception | None) -> None:
             if error is None:
-                self._drop(target, name)
+                self._drop(reservation)
             else:
                 logger.warning("the end of a request will be told to the store once more: %s", error)
                 self._ends.append((reservation, used))
 
-        args = self._args(target, self._field(name), reservation.number, "" if used is None else used)
+        args = self._args(target, self._field(reservation.name), number, "" if used is None else used)
         self._pipeline.defer_script(SETTLE, self._keys.budget(target), args, ended)
 
     def _step_back(self, target: str) -> None:
@@ -260,11 +266,12 @@ class Budgets:
 
         self._pipeline.defer_script(STEP_BACK, self._keys.budget(target), self._args(target), told)
 
-    def _drop(self, target: str, name: str) -> None:
-        held = self._held.get(target, {})
-        held.pop(name, None)
+    def _drop(self, reservation: Reservation) -> None:
+        self._moving.discard(reservation.number)
+        held = self._held.get(reservation.target, {})
+        held.pop(reservation.number, None)
         if not held:
-            self._held.pop(target, None)
+            self._held.pop(reservation.target, None)
 
     def _run(self, script: Script, target: str, *args: Arg) -> asyncio.Future[Any]:
         return self._pipeline.run(script, self._keys.budget(target), *self._args(target, *args))

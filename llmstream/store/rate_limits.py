@@ -20,13 +20,15 @@ _PRELUDE = """
 local t = redis.call('TIME')
 local now = t[1] * 1000000 + t[2]
 local function fmt(number) return string.format('%.0f', number) end
--- A bucket: when it was looked at, and what was missing then. A clock that steps back refills nothing.
-local function missing(key, limit)
-  local at, debt = string.match(redis.call('GET', key) or '0|0', '^(%d+)|(%d+)$')
-  return math.max(0, debt - math.max(0, now - at) * limit)
-end
 local function put(key, debt, limit)
   redis.call('SET', key, fmt(now) .. '|' .. fmt(debt), 'PX', fmt(math.ceil(debt / limit / 1000) + 1000))
+end
+-- A bucket: when it was looked at, and what was missing then. A clock that steps back refills nothing, and from there
+-- on goes on.
+local function missing(key, limit)
+  local at, debt = string.match(redis.call('GET', key) or '0|0', '^(%d+)|(%d+)$')
+  if tonumber(at) > now then put(key, debt, limit) end
+  return math.max(0, debt - math.max(0, now - at) * limit)
 end
 """
 
@@ -83,7 +85,7 @@ class Charge(NamedTuple):
     cost: int = 1
 
 
-class Standing(NamedTuple):
+class Verdict(NamedTuple):
     """How full a bucket is, as ``X-RateLimit-*`` headers tell it."""
 
     allowed: bool
@@ -103,14 +105,14 @@ class RateLimits:
         self._pipeline = pipeline
         self._keys = keys
 
-    async def take(self, who: str, *charges: Charge) -> list[Standing]:
+    async def take(self, who: str, *charges: Charge) -> list[Verdict]:
         """Takes from several buckets of one caller, from all of them or from none. Raises StoreUnavailable."""
         keys = [self._keys.bucket(who, charge.rate.name) for charge in charges]
         args = [arg for rate, cost in charges for arg in (rate.limit, rate.window_us, rate.burst, cost)]
         reply = await self._pipeline.run(_TAKE, keys, *args)
         taken = all(allowed for allowed, _ in reply)
         found = zip(charges, reply, strict=True)
-        return [_standing(charge, bool(allowed), int(debt), taken) for charge, (allowed, debt) in found]
+        return [_verdict(charge, bool(allowed), int(debt), taken) for charge, (allowed, debt) in found]
 
     def correct(self, who: str, rate: Rate, by: int) -> None:
         """Takes ``by`` more, also where there is not enough, or gives back where it is negative: what was really used
@@ -124,11 +126,11 @@ class RateLimits:
         self._pipeline.defer_script(_CORRECT, [self._keys.bucket(who, rate.name)], args, told)
 
 
-def _standing(charge: Charge, allowed: bool, debt: int, taken: bool) -> Standing:
+def _verdict(charge: Charge, allowed: bool, debt: int, taken: bool) -> Verdict:
     rate, cost = charge
     window, limit, size = rate.window_us, rate.limit, rate.burst * rate.window_us
     lacking = max(0, debt + cost * window - size)
     retry_after_s = math.inf if cost > rate.burst else lacking / limit / 1_000_000
     if taken:
         debt += cost * window
-    return Standing(allowed, limit, max(0, (size - debt) // window), debt / limit / 1_000_000, retry_after_s)
+    return Verdict(allowed, limit, max(0, (size - debt) // window), debt / limit / 1_000_000, retry_after_s)

@@ -85,6 +85,10 @@ class Memory:
         self._do_pexpire(key, ttl_ms)
         return b"OK"
 
+    def _do_get(self, key: bytes) -> bytes | None:
+        value: bytes | None = self.data.get(key)
+        return value
+
     def _do_time(self) -> list[bytes]:
         return time_of(self.now_ms)
 
@@ -117,6 +121,9 @@ class Memory:
     def _do_hlen(self, key: bytes) -> int:
         return len(self._hash(key))
 
+    def _do_hkeys(self, key: bytes) -> list[bytes]:
+        return list(self._hash(key))
+
     def _do_hvals(self, key: bytes) -> list[bytes]:
         return list(self._hash(key).values())
 
@@ -127,6 +134,8 @@ class Memory:
         return len(fields) - before
 
     def _do_hincrby(self, key: bytes, field: bytes, by: bytes) -> int:
+        if by == b"-0":
+            raise ResponseError("ERR value is not an integer or out of range")
         number = int(self._hash(key).get(field, b"0")) + int(by)
         self._do_hset(key, field, b"%d" % number)
         return number

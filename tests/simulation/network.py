@@ -13,7 +13,7 @@ import hiredis
 from redis.exceptions import ConnectionError as Broken
 from redis.exceptions import ResponseError
 
-from llmstream.store import job_scripts, lanes
+from llmstream.store import budget_scripts, job_scripts, lanes
 from llmstream.store.connection import Refusal
 from llmstream.store.pipeline import Script
 from tests.simulation.loop import OUTSIDE, VirtualLoop
@@ -26,7 +26,8 @@ SLOW_S = 0.25
 Command = tuple[bytes, ...]
 
 
-SCRIPTS = [part for module in (job_scripts, lanes) for part in vars(module).values() if isinstance(part, Script)]
+MODULES = (job_scripts, lanes, budget_scripts)
+SCRIPTS = [part for module in MODULES for part in vars(module).values() if isinstance(part, Script)]
 _NAMES = {known: script.name for script in SCRIPTS for known in (script.sha.encode(), script.source.encode())}
 
 

@@ -17,8 +17,8 @@ from llmstream.commands import checks
 from llmstream.config import StoreSettings
 from llmstream.errors import ConfigError, StoreUnavailable
 from llmstream.server import Server
+from llmstream.store import breakers, budgets, presence, rate_limits, tail
 from llmstream.store import cluster as cluster_module
-from llmstream.store import presence, tail
 from llmstream.store.readers import Lease
 from llmstream.store.store import Store, open_store
 from llmstream.types import Durability, Event, EventId, Job
@@ -60,6 +60,32 @@ async def job_on(cluster: RealCluster, node: ClusterNode, store: Store, **fields
         job = await new_job(store, **fields)
         if cluster.owner(store.keys.log(job.id)) is node:
             return job
+
+
+async def test_limits_on_a_cluster(cluster: RealCluster) -> None:
+    """Limits of targets, breakers and rate limits of callers hold wherever their keys lie, and freed slots are told."""
+    async with views_of(cluster) as (one, other):
+        ours, theirs = one.budgets("r1", lease_s=60), other.budgets("r2", lease_s=60)
+        limits, targets = budgets.Limits(slots=1), [f"target{number}" for number in range(12)]
+        assert len({cluster.owner(one.keys.budget(target)[0]).port for target in targets}) == 3
+        held = [await ours.acquire(target, limits, 10, "a") for target in targets]
+        waiting = [asyncio.create_task(theirs.acquire(target, limits, 10, "b")) for target in targets]
+        await wait_until(lambda: len(theirs._lines) == len(targets))
+        await asyncio.gather(ours.renew(), theirs.renew())
+        for reservation in held:
+            ours.settle(reservation, 5)
+        await asyncio.gather(*waiting)
+        assert await ours.spent(targets[0]) == (1, 2, 15)
+
+        policy = breakers.Policy(failures=1)
+        mine, yours = (view.breakers(f"r{number}", policy, lease_s=60) for number, view in enumerate((one, other)))
+        mine.failed(breakers.Pass("target0"))
+        await wait_until(lambda: not (mine.admits("target0") or yours.admits("target0")))
+
+        rates = [rate_limits.Rate(name, 1, 3600, 3) for name in ("requests", "tokens")]
+        for _ in range(3):
+            assert all(found.allowed for found in await one.rate_limits.take("key", *map(rate_limits.Charge, rates)))
+        assert not any(found.allowed for found in await other.rate_limits.take("key", *map(rate_limits.Charge, rates)))
 
 
 async def test_many_jobs_over_two_replicas(cluster: RealCluster) -> None:

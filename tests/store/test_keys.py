@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from llmstream.store import keys as module
-from llmstream.store.keys import QUEUE_PARTS, Keys
+from llmstream.store.keys import BUDGET_PARTS, QUEUE_PARTS, Keys
 
 KEYS = Keys("llmstream")
 names = st.text(min_size=1, max_size=40)
@@ -26,12 +26,23 @@ def test_a_queue_lives_in_one_slot(pool: str) -> None:
     assert len({key_slot(key.encode()) for key in KEYS.queue(pool)}) == 1
 
 
+@given(target=names, other=names)
+def test_limits_and_breakers_live_in_one_slot(target: str, other: str) -> None:
+    """All keys of a target's limits share a hash slot; so do those of all breakers, and all buckets of a caller."""
+    assert len({key_slot(key.encode()) for key in KEYS.budget(target)}) == 1
+    assert len({key_slot(key.encode()) for key in KEYS.breakers(target, other)}) == 1
+    assert key_slot(KEYS.bucket(target, "requests").encode()) == key_slot(KEYS.bucket(target, "tokens").encode())
+
+
 @given(one=names, other=names)
 def test_names_do_not_collide(one: str, other: str) -> None:
     """Different pools and sessions never share a key."""
     if one != other:
         assert not set(KEYS.queue(one)) & set(KEYS.queue(other))
         assert KEYS.session(one) != KEYS.session(other)
+        assert not set(KEYS.budget(one)) & set(KEYS.budget(other))
+        assert KEYS.breakers(one) != KEYS.breakers(other)
+        assert KEYS.bucket(one, "requests") != KEYS.bucket(other, "requests")
 
 
 @pytest.mark.parametrize("part", QUEUE_PARTS)
@@ -39,3 +50,10 @@ def test_every_part_is_explained(part: str) -> None:
     """The module's docstring names every key of a queue."""
     assert module.__doc__ is not None
     assert f"{{q:POOL}}:{part} " in module.__doc__
+
+
+@pytest.mark.parametrize("part", BUDGET_PARTS)
+def test_every_part_of_a_budget_is_explained(part: str) -> None:
+    """The module's docstring names every key of a target's limits."""
+    assert module.__doc__ is not None
+    assert f"{{t:TARGET}}:{part} " in module.__doc__
