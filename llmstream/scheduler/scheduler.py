@@ -62,6 +62,8 @@ class Pool:
         """Those whose limits the jobs wait for; none: a free slot is enough."""
         self.full_until = 0.0
         """Until when, in the event loop's time, these have no room."""
+        self.rooms = 0
+        """How often we were told that they may have room again."""
         self.slots = slots
         self.line = line
         """The memory jobs that wait here."""
@@ -184,7 +186,7 @@ class Scheduler:
         self.gates.budgets.wake(target)
         for pool in self.pools.values():
             if any(each.name == target for each in pool.targets):
-                pool.full_until = 0.0
+                pool.full_until, pool.rooms = 0.0, pool.rooms + 1
                 pool.wake.set()
 
     def stop_job(self, job_id: str) -> None:
@@ -285,9 +287,11 @@ class Scheduler:
 
     async def _admit(self, name: str, pool: Pool, job: Job | None, job_id: str, claim: int) -> bool:
         """Starts a job if its targets have room; if not, asks again later."""
+        told = pool.rooms
         found = await self._admission.admit(job) if job is not None else None
         if isinstance(found, Wait):
-            self._wait_for_room(pool, found.after_s)
+            if pool.rooms == told:  # else there may be room since we were refused
+                self._wait_for_room(pool, found.after_s)
             return False
         self._start(name, pool, job_id, claim, found, self._admission.urgency(job) if job is not None else 0.0)
         return True

@@ -93,7 +93,7 @@ def wrong(code: str) -> Json:
 async def test_the_next_target_is_asked_at_once(tmp_path: Path, upstream: Upstream, reply: Reply) -> None:
     """Whatever keeps the first from answering, the next one does in the same attempt, without a wait."""
     upstream.models["a"] = reply
-    async with serving(tmp_path, upstream, retry=RetrySettings(base_s=1000)) as (server, http):
+    async with serving(tmp_path, upstream, retry=RetrySettings(base_s=1000, cap_s=1000)) as (server, http):
         state, text = await run(server, http)
     assert (state.status, state.attempt, text) == ("completed", 1, WHOLE)
     assert asked(upstream) == ["a", "b"]
@@ -140,7 +140,7 @@ async def test_going_on_at_the_next_target(tmp_path: Path, upstream: Upstream, f
     """The first breaks off in the middle: the next goes on from its last token, and is asked for its own model."""
     upstream.models["a"] = Reply(PIECES, fault=fault, at=1)
     said = WHOLE if fault == "no_finish" else PIECES[0]
-    async with serving(tmp_path, upstream, retry=RetrySettings(base_s=1000)) as (server, http):
+    async with serving(tmp_path, upstream, retry=RetrySettings(base_s=1000, cap_s=1000)) as (server, http):
         state, text = await run(server, http)
         assert (await status(http, state.job.id))["model"] == "r"
     assert (state.status, state.attempt, text, asked(upstream)) == ("completed", 2, WHOLE, ["a", "b"])
@@ -164,7 +164,7 @@ async def test_going_on_where_that_is_possible(tmp_path: Path, upstream: Upstrea
 async def test_a_silent_target(tmp_path: Path, upstream: Upstream) -> None:
     """No first token in time: the next attempt begins at the next target."""
     upstream.models["a"] = Reply(gates={0: asyncio.Event()})
-    async with serving(tmp_path, upstream, retry=RetrySettings(base_s=1000)) as (server, http):
+    async with serving(tmp_path, upstream, retry=RetrySettings(base_s=1000, cap_s=1000)) as (server, http):
         state, text = await run(server, http)
     assert (state.attempt, text, asked(upstream)) == (2, WHOLE, ["a", "b"])
 

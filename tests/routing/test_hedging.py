@@ -117,6 +117,20 @@ async def test_who_is_quick_enough_is_asked_alone(server: Server, upstream: Upst
     assert (await text(server, job), len(upstream.requests), hedged(state)) == ("A1 A2", 1, None)
 
 
+async def test_the_loser_gives_its_slot_back_at_once(server: Server, upstream: Upstream) -> None:
+    """While the winner is still answering, the loser's slot is free."""
+    gate = asyncio.Event()
+    upstream.models.update(a=Reply(gates={0: asyncio.Event()}), b=Reply(B.pieces, gates={1: gate}))
+    job = await submit(server)
+
+    async def only_the_winner() -> bool:
+        return [(await server.gateway.spent(f"far/{name}")).slots for name in "ab"] == [0, 1]
+
+    await wait_until(only_the_winner)
+    gate.set()
+    assert (await finished(server, job)).status == "completed"
+
+
 async def test_one_of_both_fails(server: Server, upstream: Upstream) -> None:
     """The first fails while the second is silent: the second answers, and no attempt is lost."""
     fails, answers = asyncio.Event(), asyncio.Event()

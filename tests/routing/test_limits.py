@@ -11,7 +11,9 @@ import aiohttp
 import pytest
 
 from llmstream.config import RetrySettings, SchedulerSettings
+from llmstream.scheduler import scheduler as scheduler_module
 from llmstream.server import Server
+from llmstream.store import budgets as budgets_module
 from tests.api.reading import Json, finished, status
 from tests.conftest import echo_settings
 from tests.upstream import Reply, Upstream
@@ -72,6 +74,23 @@ async def test_who_does_not_fit_waits_in_line(tmp_path: Path, upstream: Upstream
             state = await finished(server, job)
             assert (state.status, state.attempt) == ("completed", 1)
         assert said(upstream) == ["first", "other", "high", "low"]
+
+
+async def test_room_is_told_of(tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that waits begins when a slot is given back, without asking again and again."""
+    monkeypatch.setattr(scheduler_module, "POLL_S", 1000)
+    monkeypatch.setattr(budgets_module, "POLL_S", 1000)
+    gate = asyncio.Event()
+    upstream.models["m"] = Reply(gates={0: gate})
+    routes = {"other": {"targets": [{"provider": "far", "model": "m"}]}}
+    async with limited(tmp_path, upstream, routes, concurrency=1) as server, aiohttp.ClientSession(server.url) as http:
+        jobs = [await submit(http, "first")]
+        await wait_until(lambda: len(upstream.requests) == 1)
+        jobs.append(await submit(http, "same target, another lane", model="other"))
+        await wait_until(lambda: server.gateway._scheduler.pools["remote:other"].full_until > 0)
+        gate.set()
+        for job in jobs:
+            assert (await finished(server, job)).status == "completed"
 
 
 async def test_a_deadline_passes_in_line(tmp_path: Path, upstream: Upstream) -> None:
