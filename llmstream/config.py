@@ -21,7 +21,10 @@ from llmstream.config_variables import from_known_variables
 from llmstream.presets import PRESETS, Capabilities, ContinueBy, Preset, StreamUsage, preset_of
 
 OnDisconnect = Annotated[str, Field(pattern=r"^(cancel|continue|grace|grace\([0-9]{1,5}(\.[0-9]{1,3})?s\))$")]
+OnCut = Literal["fail", "restart"]
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+ROUTE_PATTERN = re.compile(r"[A-Za-z0-9*?][A-Za-z0-9._:/*?@-]{0,127}")
+Strategy = Literal["ordered", "weighted", "least_busy", "fastest", "cheapest"]
 
 
 def default_data_dir() -> Path:
@@ -114,6 +117,16 @@ class SchedulerSettings(Section):
     """Remote generations one replica runs at once, over all providers."""
 
 
+class RetrySettings(Section):
+    base_s: Annotated[float, Field(ge=0)] = 1.0
+    """Longest wait before the second attempt; it doubles with every further one. The wait is a random part of it."""
+    cap_s: Annotated[float, Field(ge=0)] = 8.0
+    """Longest wait between two attempts, unless the upstream names a longer one (``Retry-After``)."""
+    on_cut: OnCut = "fail"
+    """What becomes of a stream on ``/v1`` whose model broke off where it cannot go on: ``fail`` keeps what was said,
+    ``restart`` begins anew and says so."""
+
+
 class DisconnectSettings(Section):
     streams: OnDisconnect = "grace"
     """What becomes of an answer on ``/v1`` that nobody reads any more: ``cancel``, ``continue``, ``grace``,
@@ -175,6 +188,12 @@ class ProviderSettings(Section):
     """Names served by this provider; ``*`` stands for any name no one else serves."""
     connect_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds to reach the API."""
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    """Requests at once to each of its models, over all replicas; more wait in their lane. None: no limit."""
+    rpm: Annotated[int, Field(ge=1)] | None = None
+    """Requests a minute to each of its models, over all replicas."""
+    tpm: Annotated[int, Field(ge=1)] | None = None
+    """Tokens a minute of each of its models, prompts and answers, over all replicas."""
     continue_by: ContinueBy | None = None
     """How a cut answer goes on; ``none``: it starts over. This and what follows is as the preset says by default."""
     continue_path: str | None = None
@@ -239,6 +258,56 @@ class PriceSettings(Section):
     """Price of a million tokens of prompt that the API had in its cache; None: like others."""
 
 
+class BreakerSettings(Section):
+    failures: Annotated[int, Field(ge=1)] = 5
+    """So many failures of a remote target within ``window_s``, over all replicas, open its breaker, if they are
+    at least half of all outcomes: it is left alone for a while, then tried once."""
+    window_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds in which failures count together."""
+    open_s: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds that it is left alone at first; each time in a row it is for twice as long."""
+    max_open_s: Annotated[float, Field(gt=0)] = 120.0
+    """Longest time that it is left alone."""
+
+
+class TargetSettings(Section):
+    provider: str
+    """A provider, or a local model, by its name here."""
+    model: str | None = None
+    """What the provider calls the model; None: as the client does."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the requests with strategy ``weighted``."""
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    """Requests at once, over all replicas; None: what the provider's settings say. So are the next two."""
+    rpm: Annotated[int, Field(ge=1)] | None = None
+    """Requests a minute."""
+    tpm: Annotated[int, Field(ge=1)] | None = None
+    """Tokens a minute, of prompts and answers."""
+    price: Annotated[float, Field(ge=0)] | None = None
+    """What counts for strategy ``cheapest``, in any unit that all targets share; those without one come last."""
+
+
+class RouteSettings(Section):
+    targets: Annotated[list[TargetSettings], Field(min_length=1)]
+    """Who can answer, the preferred one first: ``[{provider: …, model: …, weight: …, price: …}, …]``."""
+    strategy: Strategy = "ordered"
+    """Who is asked first; the others follow when that one fails."""
+    hedge_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds without a first token after which a second target is asked as well: whose token comes first answers,
+    the other one is stopped, and paid for. None: never."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _yaml(cls, targets: Any) -> Any:
+        """A variable or a flag holds the list as YAML."""
+        if not isinstance(targets, str):
+            return targets
+        try:
+            return yaml.safe_load(targets)
+        except yaml.YAMLError as error:
+            raise ValueError("a list such as [{provider: openai, model: gpt-4o}, {provider: ollama}]") from error
+
+
 class LoggingSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severe messages to write."""
@@ -287,6 +356,8 @@ class Settings(Section):
     store: StoreSettings = StoreSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
+    retry: RetrySettings = RetrySettings()
+    breaker: BreakerSettings = BreakerSettings()
     disconnect: DisconnectSettings = DisconnectSettings()
     security: SecuritySettings = SecuritySettings()
     keys: dict[str, KeySettings] = {}
@@ -297,6 +368,8 @@ class Settings(Section):
     """Remote APIs by name."""
     prices: dict[str, PriceSettings] = {}
     """What tokens cost, by ``PROVIDER/MODEL``, ``MODEL`` or ``PROVIDER/*``."""
+    routes: dict[str, RouteSettings] = {}
+    """Names that lead to several targets; ``*`` and ``?`` in a name stand for any characters, for any one."""
     logging: LoggingSettings = LoggingSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 
@@ -360,6 +433,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             f"store.unfinished_retention_s = {kept:g}: running jobs would be forgotten before "
             f"deadlines.total_s = {total:g}; keep them longer"
         )
+    yield from _wrong_routes(settings)
     if "remote" in settings.models:
         yield "models.remote: this name stands for the pool of all remote providers; choose another"
     for name in sorted(settings.models.keys() & settings.providers.keys()):
@@ -390,6 +464,27 @@ def _key_problems(settings: Settings) -> Iterator[str]:
     shown = [key.value.get_secret_value() for key in settings.keys.values()] + settings.security.api_keys
     if len(set(shown)) < len(shown):
         yield "keys, security.api_key: the same API key is here twice; each principal needs one of its own"
+
+
+def _wrong_routes(settings: Settings) -> Iterator[str]:
+    for name in settings.models:
+        if name.startswith("remote:"):
+            yield f"models.{name}: names that begin with 'remote:' stand for pools of remote providers; choose another"
+    for name, route in settings.routes.items():
+        if not ROUTE_PATTERN.fullmatch(name):
+            yield (
+                f"routes: the name {name[:80]!r} is not allowed; expected up to 128 letters, digits and . _ : / @ - "
+                "that begin with a letter or digit, and * or ? for any characters"
+            )
+        for number, target in enumerate(route.targets):
+            if target.provider not in settings.providers and target.provider not in settings.models:
+                known = ", ".join(sorted([*settings.providers, *settings.models])) or "none"
+                yield f"routes.{name}.targets[{number}]: there is no provider {target.provider!r}; known: {known}"
+            elif target.provider in settings.models and (target.concurrency or target.rpm or target.tpm):
+                yield (
+                    f"routes.{name}.targets[{number}]: concurrency, rpm and tpm are for remote providers; a local "
+                    f"model has models.{target.provider}.slots"
+                )
 
 
 def store_urls(url: str) -> list[str]:

@@ -18,6 +18,8 @@ MASK = "********"
 NAME = "NAME"
 """Stands for the name the user chooses, in keys such as ``models.NAME.slots``."""
 
+OBJECTS = "a list of objects"
+
 Key = tuple[str, ...]
 
 
@@ -137,6 +139,8 @@ def _allowed(variant: Mapping[str, Any]) -> str:
         "boolean": "true or false",
     }
     pattern = f" that matches {variant['pattern']}" if "pattern" in variant else ""
+    if "$ref" in variant.get("items", {}):
+        return OBJECTS
     return words[kind] + _limits(variant) + pattern
 
 
@@ -166,6 +170,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, SecretStr):
         secret = value.get_secret_value()
         return mask_url(secret) if re.match(r"(rediss?|unix)://", secret) else MASK
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
     if isinstance(value, Path):
         return str(value)
     return mask_url(value) if isinstance(value, str) else value

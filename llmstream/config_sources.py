@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llmstream.config_schema import Key, Schema, schema_of, shown
+from llmstream.config_schema import OBJECTS, Key, Schema, schema_of, shown
 from llmstream.errors import ConfigError
 
 PREFIX = "LLMSTREAM_"
@@ -232,5 +232,7 @@ def explain(error: ValidationError, schema: Schema, values: Values) -> Iterator[
         elif detail["type"] == "missing":
             yield f"{'.'.join(key)} is required: {setting.meaning}"
         elif found is not None:
+            if setting.allowed == OBJECTS and reason is None:
+                reason = f"{OBJECTS}; {'.'.join(path[len(key) :]) or 'it'}: {detail['msg']}"
             value = shown(found.value, setting.secret)
             yield f"{'.'.join(key)} = {value} ({found.origin}): expected {reason or setting.allowed}"

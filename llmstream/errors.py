@@ -16,14 +16,21 @@
     ├── ShuttingDown          503  this replica takes no new work
     ├── ProviderError         502  the model's side failed
     │   ├── EngineCrashed     502  the engine's process ended; retryable
+    │   ├── UpstreamDenied    502  the upstream does not serve us: key, rights, account
     │   ├── UpstreamRejected  4xx  the upstream refused the request for good
+    │   │   ├── UpstreamTooLong   400  it does not fit the model's context
+    │   │   ├── UpstreamFiltered  400  its content is not allowed
+    │   │   └── UpstreamUnknown   404  the upstream has no such model or path
     │   ├── UpstreamLimited   429  the upstream wants less; retryable
-    │   ├── UpstreamBroken    502  cut, stalled or malformed; retryable
+    │   ├── UpstreamBroken    502  cut or malformed; retryable
+    │   │   ├── UpstreamFailed        502  a server error
+    │   │   ├── UpstreamTimeout       504  no answer, no first token or no next one in time
+    │   │   └── UpstreamUnreachable   502  no connection
     │   └── DeadlineExceeded  504  the job ran out of its time
     └── Fenced                     another attempt or a cancellation took the job over; never shown to a client
 
 A room may add leaves of its own beside its code. Each class carries the HTTP ``status``, the OpenAI ``type`` and
-``code``, and whether trying again can help.
+``code``, whether trying again can help, and whether another target of the same route may do better.
 """
 
 from __future__ import annotations
@@ -40,6 +47,7 @@ class LLMStreamError(Exception):
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = None
     retryable: ClassVar[bool] = False
+    elsewhere: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -88,7 +96,7 @@ class BadRequest(LLMStreamError):
 
 
 class ContextLengthExceeded(BadRequest):
-    code = "context_length_exceeded"
+    code, elsewhere = "context_length_exceeded", True
 
 
 class BodyTooLarge(BadRequest):
@@ -136,19 +144,48 @@ class ProviderError(LLMStreamError):
 
 
 class EngineCrashed(ProviderError):
-    code, retryable = "engine_crashed", True
+    code, retryable, elsewhere = "engine_crashed", True, True
+
+
+class UpstreamDenied(ProviderError):
+    code, elsewhere = "upstream_denied", True
 
 
 class UpstreamRejected(ProviderError):
     status, type, code = 400, "invalid_request_error", "upstream_rejected"
 
 
+class UpstreamTooLong(UpstreamRejected):
+    code, elsewhere = "context_length_exceeded", True
+
+
+class UpstreamFiltered(UpstreamRejected):
+    code = "content_filter"
+
+
+class UpstreamUnknown(UpstreamRejected):
+    status, elsewhere = 404, True
+
+
 class UpstreamLimited(ProviderError):
-    status, type, code, retryable = 429, "rate_limit_error", "upstream_rate_limited", True
+    status, type, code = 429, "rate_limit_error", "upstream_rate_limited"
+    retryable, elsewhere = True, True
 
 
 class UpstreamBroken(ProviderError):
-    code, retryable = "upstream_broken", True
+    code, retryable, elsewhere = "upstream_broken", True, True
+
+
+class UpstreamFailed(UpstreamBroken):
+    code = "upstream_failed"
+
+
+class UpstreamTimeout(UpstreamBroken):
+    status, type, code = 504, "timeout_error", "upstream_timeout"
+
+
+class UpstreamUnreachable(UpstreamBroken):
+    code = "upstream_unreachable"
 
 
 class DeadlineExceeded(ProviderError):

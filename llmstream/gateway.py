@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -20,11 +20,13 @@ from llmstream.errors import BadRequest, Conflict, ModelNotFound, NotFound, Over
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
 from llmstream.providers.tokens import Tokenizer
-from llmstream.routing.router import Router
+from llmstream.routing.retry import Backoff
+from llmstream.routing.router import Router, limits_of
 from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.audience import MemorySeat, Seat
 from llmstream.scheduler.gauges import watch_pools
 from llmstream.scheduler.scheduler import Scheduler
+from llmstream.store.budgets import Spent
 from llmstream.store.follower import Follower
 from llmstream.store.lanes import Census, Lanes, Standing
 from llmstream.store.memory import in_memory
@@ -97,19 +99,21 @@ class Gateway:
         durability: Durability | None = None,
         identity: Identity | None = None,
         grace_s: float | None = None,
+        restarts: bool = True,
     ) -> Job:
         """Accepts a job; from here on it reaches a terminal state whatever happens to this process. Only a memory job
         ends with the process.
 
         A request whose ``identity`` was accepted before is that job, which may be running or over. With ``grace_s`` it
-        is cancelled once nobody has read it for so long.
+        is cancelled once nobody has read it for so long. Without ``restarts`` an answer that its model breaks off where
+        it cannot go on fails, and keeps what was said.
 
         Raises BadRequest or ModelNotFound for what can never run, Overloaded with ``retry_after`` when the queue is
         full, Conflict when the identity belongs to a different request, ShuttingDown, StoreUnavailable. After an error
         nothing is left behind.
         """
         job = await self._admit(
-            request, principal or Principal(), priority, session_id, deadline_s, durability, grace_s
+            request, principal or Principal(), priority, session_id, deadline_s, durability, grace_s, restarts
         )
         if in_memory(job.id):
             return self._run_here(job, identity)
@@ -127,10 +131,11 @@ class Gateway:
         durability: Durability | None = None,
         identity: Identity | None = None,
         grace_s: float | None = None,
+        restarts: bool = True,
     ) -> tuple[Job, Follower]:
         """Like :meth:`submit`, and reads the job from its beginning; close the follower."""
         job = await self._admit(
-            request, principal or Principal(), priority, session_id, deadline_s, durability, grace_s
+            request, principal or Principal(), priority, session_id, deadline_s, durability, grace_s, restarts
         )
         if in_memory(job.id):
             return job, self.read(self._run_here(job, identity))
@@ -213,7 +218,9 @@ class Gateway:
         old = state.job
         deadline_s = None if old.expires_at is None else old.expires_at - old.created_at
         principal = replace(principal or Principal(), id=old.principal)
-        job = await self._admit(old.request, principal, old.priority, old.session_id, deadline_s, old.durability, None)
+        job = await self._admit(
+            old.request, principal, old.priority, old.session_id, deadline_s, old.durability, None, old.restarts
+        )
         name = digest("requeue", old.id)
         new_id = await self._store.repeats.point(name, job.id, self.settings.store.retention_s)
         job = await self._enqueue(replace(job, id=new_id, fingerprint=name, continues=old.id))
@@ -273,6 +280,16 @@ class Gateway:
         """Counts by pool, whichever replica serves it."""
         return {pool: await self._lanes(pool).census() for pool in sorted(await self._store.pools())}
 
+    async def spent(self, target: str) -> Spent:
+        """What a target, ``provider/model``, has at the moment from all replicas, as far as it is limited. Raises
+        StoreUnavailable."""
+        return await self._scheduler.gates.budgets.spent(target)
+
+    @property
+    def breakers(self) -> Mapping[str, str]:
+        """The targets whose breakers are not closed: ``open`` or ``half_open``."""
+        return self._scheduler.gates.breakers.states
+
     @property
     def unready(self) -> str | None:
         """Why new work should go to another replica; None when this one takes it."""
@@ -305,6 +322,7 @@ class Gateway:
         deadline_s: float | None,
         durability: Durability | None,
         grace_s: float | None,
+        restarts: bool,
     ) -> Job:
         if self._closing:
             raise ShuttingDown("This replica is shutting down; try again, another one will answer.", retry_after=1)
@@ -316,14 +334,14 @@ class Gateway:
             raise ModelNotFound(
                 f"This API key has no model {request.model!r}; GET /v1/models lists its models.", param="model"
             )
-        target = self._router.target(request)
-        await target.provider.check(request)
+        route = self._router.route(request)
+        await route.check(request)
         self._store.check(durability)
         now, job_id = self._clock(), new_id(self._clock)
         return Job(
             id=self._store.memory.name(job_id) if durability == "memory" else job_id,
             request=request,
-            pool=target.provider.pool,
+            pool=route.pool,
             created_at=now,
             principal=principal.id,
             priority=priority,
@@ -333,6 +351,7 @@ class Gateway:
             grace_s=grace_s,
             request_id=ORIGIN.get().request_id,
             traceparent=self.observer.traceparent(),
+            restarts=restarts,
         )
 
     def _run_here(self, job: Job, identity: Identity | None) -> Job:
@@ -435,7 +454,8 @@ async def open_gateway(
         for provider in providers:
             stack.push_async_callback(provider.close)
             await provider.open()
-        router = Router(providers)
+        limits = {name: limits_of(provider) for name, provider in settings.providers.items()}
+        router = Router(providers, settings.routes, limits={name: each for name, each in limits.items() if any(each)})
         tokenizer = Tokenizer()
         if settings.providers:  # what runs here counts by itself
             await tokenizer.open()
@@ -448,6 +468,8 @@ async def open_gateway(
             replica,
             settings=settings.scheduler,
             deadlines=settings.deadlines,
+            backoff=Backoff(settings.retry),
+            breaker=settings.breaker,
             clock=clock,
             accounts=accounts,
             observer=observer,

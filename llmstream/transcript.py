@@ -11,12 +11,14 @@ from llmstream.types import BEGINNING, Delta, Event, EventId, Finished, Payload,
 class Choice:
     """One choice of an answer, growing."""
 
-    __slots__ = ("_fields", "_text", "continuable", "finish_reason", "logprobs", "tokens")
+    __slots__ = ("_fields", "_text", "continuable", "finish_reason", "logprobs", "pieces", "tokens")
 
     def __init__(self) -> None:
         self._text: list[str] = []
         self._fields: list[dict[str, Any]] = []
         self.tokens: list[int] = []
+        self.pieces = 0
+        """Pieces that the text came in: most upstreams send each token by itself."""
         self.logprobs: dict[str, list[Any]] | None = None
         self.finish_reason: str | None = None
         self.continuable = True
@@ -25,6 +27,7 @@ class Choice:
     def add(self, delta: Delta) -> None:
         if delta.text:
             self._text.append(delta.text)
+            self.pieces += 1
         if delta.tokens:
             self.tokens += delta.tokens
         if delta.fields:

@@ -290,6 +290,9 @@ class Job(Struct, frozen=True, omit_defaults=True):
     """The HTTP request that it came with, for the log of whoever runs it."""
     traceparent: str | None = None
     """The W3C trace context that it came in, for the spans of whoever runs it."""
+    restarts: bool = True
+    """Whether the answer may start over after its model broke off where it cannot go on; otherwise the job fails and
+    keeps what was said. After the death of a replica it starts over in any case."""
 
     @property
     def lane(self) -> Lane:

@@ -9,7 +9,7 @@ import aiohttp
 import hypothesis
 import pytest
 
-from llmstream.config import ModelSettings, ServerSettings, Settings, StoreSettings
+from llmstream.config import ModelSettings, RetrySettings, ServerSettings, Settings, StoreSettings
 from llmstream.server import Server
 from llmstream.store.store import Store, open_store
 
@@ -42,6 +42,7 @@ def echo_settings(data_dir: Path, *, slots: int = 4, port: int = 0, **sections: 
     given: dict[str, object] = {
         "data_dir": data_dir,
         "server": ServerSettings(port=port, shutdown_grace_s=2),
+        "retry": RetrySettings(base_s=0.01),
         "models": {"echo": ModelSettings(engine="echo", slots=slots)},
         **sections,
     }

@@ -7,11 +7,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-from llmstream.config import DeadlineSettings, ModelSettings, SchedulerSettings
+from llmstream.config import DeadlineSettings, ModelSettings, RetrySettings, SchedulerSettings
 from llmstream.providers.base import Provider, Sink
 from llmstream.providers.echo import EchoProvider
+from llmstream.routing.gates import Gates
+from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
 from llmstream.scheduler.scheduler import Scheduler
+from llmstream.store.breakers import Policy
 from llmstream.store.lanes import Lanes
 from llmstream.store.store import Store
 from llmstream.transcript import Transcript
@@ -19,6 +22,7 @@ from llmstream.types import Clock, Delta, GenerateRequest, Job, ModelInfo, new_i
 
 MODEL = "echo"
 FAST = SchedulerSettings(lease_s=0.4)
+SHORTLY = Backoff(RetrySettings(base_s=0.01))
 
 Script = Callable[[GenerateRequest, Transcript | None], AsyncGenerator[Sequence[Delta], None]]
 
@@ -72,6 +76,7 @@ async def replica(
         name,
         settings=settings,
         deadlines=deadlines or DeadlineSettings(),
+        backoff=SHORTLY,
         clock=clock,
     )
     await scheduler.open()
@@ -79,6 +84,10 @@ async def replica(
         yield scheduler
     finally:
         await scheduler.close(grace_s)
+
+
+def gates_of(store: Store, replica: str = "r1") -> Gates:
+    return Gates(store.budgets(replica, lease_s=1.0), store.breakers(replica, Policy(), lease_s=1.0))
 
 
 def lanes_of(store: Store, settings: SchedulerSettings = FAST) -> Lanes:

@@ -403,3 +403,40 @@ def test_printed_secrets_load_as_masks(config: Path) -> None:
     printed = print_config(load(env=env))
     config.write_text(printed)
     assert print_config(load(config, {})) == printed
+
+
+ROUTE_TO_A = "providers: {a: {base_url: http://x/v1}}\nroutes:\n"
+
+
+def test_routes_come_from_any_source(config: Path) -> None:
+    """A list of targets may stand in the file, and as YAML in a variable; it is printed as it is read."""
+    config.write_text(ROUTE_TO_A + "  gpt-*: {targets: [{provider: a, model: b, weight: 2}], strategy: weighted}\n")
+    settings = load(config, {"ROUTES__FAST__TARGETS": "[{provider: a}]"})
+    assert settings.routes["gpt-*"].targets[0].model == "b"
+    assert settings.routes["fast"].targets[0].provider == "a"
+    config.write_text(print_config(settings))
+    assert load(config, {}).routes == settings.routes
+
+
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [
+        ("x: {targets: [{provider: b}]}", "routes.x.targets[0]: there is no provider 'b'; known: a"),
+        ("x: {targets: []}", "a list of objects; it: List should have at least 1 item"),
+        ("x: {targets: [{provider: a, modl: b}]}", "a list of objects; 0.modl: Extra inputs are not permitted"),
+        ("x: {targets: [{provider: a, weight: 0}]}", "0.weight: Input should be greater than 0"),
+        ("x: {targets: a}", "a list of objects; it: Input should be a valid list"),
+        ("x: {targets: '[{'}", "expected a list such as [{provider: openai, model: gpt-4o}, {provider: ollama}]"),
+        ("x: {targets: [{provider: a}], strategy: best}", "expected one of ordered, weighted"),
+        ("'x y': {targets: [{provider: a}]}", "routes: the name 'x y' is not allowed"),
+    ],
+)
+def test_wrong_routes(config: Path, route: str, message: str) -> None:
+    """What is wrong with a route is named, with its place."""
+    config.write_text(f"{ROUTE_TO_A}  {route}\n")
+    assert message in refusal(config)
+
+
+def test_names_of_pools_are_no_models() -> None:
+    """A local model cannot take the name of a pool of remote providers."""
+    assert "stand for pools of remote providers" in refusal(None, {"MODELS__REMOTE:X__ENGINE": "echo"})

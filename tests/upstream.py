@@ -8,7 +8,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from aiohttp import web
@@ -48,6 +48,8 @@ class Reply:
     """Pause before each piece."""
     whole: bool = False
     """Answers with one JSON object although a stream was asked for."""
+    counts: bool = False
+    """Tells as usage what it really took and gave: 7 tokens, and one for each piece."""
     prefill: bool = False
     """Goes on behind a last message of the assistant; without it such a message counts as any other."""
 
@@ -76,6 +78,8 @@ class Upstream:
         self.replies: deque[Reply] = deque()
         self.models: dict[str, Reply] = {}
         self.requests: list[Seen] = []
+        self.busy = self.most_busy = 0
+        """Answers under way, now and at most."""
         self.listings: list[Mapping[str, str]] = []
         """Headers of the requests for the list of models."""
         self._closing = asyncio.Event()
@@ -111,11 +115,17 @@ class Upstream:
         seen = Seen(request.path, dict(request.headers), body, await request.read(), request.transport)
         self.requests.append(seen)
         reply = self._next_reply(body)
+        self.busy += 1
+        self.most_busy = max(self.busy, self.most_busy)
         try:
             await self._gate(reply, -1)
             if reply.status != 200 or reply.body is not None:
                 return _refuse(reply)
             pieces = _rest(reply, body) if reply.prefill else reply.pieces
+            if reply.counts:
+                prompt = 7 + len(reply.pieces) - len(pieces)
+                counts = {"prompt_tokens": prompt, "completion_tokens": len(pieces)}
+                reply = replace(reply, usage={**counts, "total_tokens": prompt + len(pieces)})
             chunks = Chunks(body["model"], reply, chat=request.path.endswith("/chat/completions"))
             if reply.whole:
                 return web.json_response(chunks.whole(pieces), headers=reply.headers)
@@ -124,6 +134,7 @@ class Upstream:
             seen.hung_up.set()
             raise
         finally:
+            self.busy -= 1
             seen.answered = True
 
     def _next_reply(self, body: dict[str, Any]) -> Reply:

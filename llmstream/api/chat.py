@@ -37,6 +37,7 @@ async def submit_chat(request: web.Request) -> web.Response:
         durability=schema.durability,
         identity=known,
         grace_s=_limit(gateway, schema),
+        restarts=schema.on_cut != "fail",
     )
     # A replica that did not accept a memory job cannot find it by its session, but knows its id for what it is.
     url = stream_url(request, job, named=schema.session_id is not None or job.durability == "memory")
@@ -63,6 +64,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
         durability=schema.durability,
         identity=known,
         grace_s=_limit(gateway, schema),
+        restarts=schema.on_cut != "fail",
     )
     headers = {"x-job-id": job.id, "Location": stream_url(request, job, named=True)}
     waiting = _waiting(gateway, JobState(job))

@@ -47,6 +47,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         durability=schema.durability,
         identity=known,
         grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),
+        restarts=not schema.stream or (schema.on_cut or gateway.settings.retry.on_cut) == "restart",
     )
     headers, stream = _headers(request, job), schema.stream
     begins_at = await _skip_to_restart(gateway, job, follower) if known is not None and known.named else None

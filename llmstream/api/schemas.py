@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from llmstream.config import OnDisconnect
+from llmstream.config import OnCut, OnDisconnect
 from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Durability, GenerateRequest, Kind, encode
 
 Number = StrictFloat  # takes whole numbers, too
@@ -28,7 +28,9 @@ Priority = Annotated[StrictInt, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
 JobId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 SessionId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:@-]{1,128}$")]
 
-EXTENSIONS = frozenset({"provider", "priority", "session_id", "deadline_s", "job_id", "on_disconnect", "durability"})
+EXTENSIONS = frozenset({
+    "provider", "priority", "session_id", "deadline_s", "job_id", "on_disconnect", "on_cut", "durability",
+})  # fmt: skip
 """Fields of ours in an OpenAI body; upstreams never see them."""
 
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -77,6 +79,8 @@ class OpenAIBody(BaseModel):
     """Extension: the caller's own id; the same id is the same job."""
     on_disconnect: OnDisconnect | None = None
     """Extension: what becomes of the job when nobody reads it any more."""
+    on_cut: OnCut | None = None
+    """Extension: what becomes of a streamed answer that its model breaks off where it cannot go on."""
     durability: Durability | None = None
     """Extension: when an event counts as logged."""
 
@@ -116,6 +120,7 @@ class ChatBody(BaseModel):
     deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None
     job_id: JobId | None = None
     on_disconnect: OnDisconnect | None = None
+    on_cut: OnCut | None = None
     durability: Durability | None = None
     max_tokens: Tokens | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None

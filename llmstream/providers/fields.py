@@ -14,7 +14,7 @@ MAX_STOPS = 16
 WITHOUT_EFFECT = frozenset({
     "metadata", "model", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "safety_identifier", "service_tier", "store", "stream", "stream_options", "user",
-    "provider", "priority", "session_id", "on_disconnect", "deadline_s",
+    "provider", "priority", "session_id", "on_disconnect", "on_cut", "deadline_s",
 })  # fmt: skip
 """Fields that tune a hosted service or this gateway; the answer is the same without them."""
 

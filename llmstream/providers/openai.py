@@ -19,7 +19,7 @@ import msgspec
 import openai
 
 from llmstream.config import ProviderSettings
-from llmstream.errors import ConfigError, ProviderError, UpstreamBroken, UpstreamRejected
+from llmstream.errors import ConfigError, ProviderError, UpstreamBroken, UpstreamRejected, UpstreamUnreachable
 from llmstream.providers.abilities import check_capabilities, plain_text, told
 from llmstream.providers.base import CannotContinue, Sink
 from llmstream.providers.chunks import Answer, ChunkStream, WholeAnswer
@@ -29,7 +29,7 @@ from llmstream.providers.http.connection import Broken, Connection
 from llmstream.providers.http.origin import target
 from llmstream.providers.nested import UpstreamJobFailed, UpstreamJobs, is_final, name_of
 from llmstream.providers.prefill import upstream_body
-from llmstream.providers.refusals import refusal
+from llmstream.providers.refusals import Complaint, refusal, reported
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest, Kind, ModelInfo
 
@@ -116,7 +116,7 @@ class OpenAIProvider:
         try:
             await self._ask(request, so_far, continued, sink)
         except Broken as error:
-            raise UpstreamBroken(self._says(f"could not be reached: {error}")) from None
+            raise UpstreamUnreachable(self._says(f"could not be reached: {error}")) from None
         except UpstreamRejected as error:
             if continued is None or self._nested is not None:
                 raise
@@ -214,6 +214,9 @@ class OpenAIProvider:
                 put(answer.close())
         except Broken as error:
             answer.cut(f"broke the connection off: {error}")
+        if answer.complaint is not None:
+            said = self._scrubbed(msgspec.json.encode(answer.complaint))
+            raise reported(msgspec.json.decode(said, type=Complaint), provider=self.name)
         if answer.failure is not None:
             final = self._nested is not None and is_final(answer.complaint)
             raise (UpstreamJobFailed if final else UpstreamBroken)(self._says(answer.failure))

@@ -23,6 +23,7 @@ _EXTENSIONS: Final[dict[str, type]] = {
     "durability": object,
     "echo": dict,
     "job_id": object,
+    "on_cut": object,
     "on_disconnect": object,
     "priority": object,
     "provider": str,

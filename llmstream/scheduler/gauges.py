@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from llmstream.errors import StoreUnavailable
-from llmstream.routing.router import REMOTE
+from llmstream.routing.targets import REMOTE
 from llmstream.scheduler.scheduler import Pool
 from llmstream.store.store import Store
 from llmstream.telemetry.metrics import Labels

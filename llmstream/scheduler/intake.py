@@ -25,6 +25,8 @@ class Intake:
         self.chunks = 0
         self.held_s = 0.0
         """How long the provider waited for the store."""
+        self.first_at: float | None = None
+        """When the first token came, in seconds of ``clock``."""
         self.silent_since: float | None = clock()
         """Since when the model owes a token, in seconds of ``clock``; None while it owes none."""
         self._writer = writer
@@ -34,7 +36,12 @@ class Intake:
 
     @property
     def got_token(self) -> bool:
-        return self._arrivals > 0
+        return self.first_at is not None
+
+    def expect(self) -> float:
+        """A model is being asked: it owes a token from now on."""
+        self.silent_since = now = self._clock()
+        return now
 
     def put(self, deltas: Sequence[Delta]) -> bool:
         writer = self._writer
@@ -45,6 +52,7 @@ class Intake:
         self.chunks += count
         arrivals = self._arrivals = self._arrivals + 1
         if arrivals == 1:
+            self.first_at = now
             self._seen.got_token()
         elif arrivals % GAP_EVERY == 2 and before is not None:
             self._seen.gap(now - before)

@@ -61,14 +61,28 @@ class Line:
         insort(level.order, (turn, job.id))
         insort(level.ages, (at_ms, job.id))
 
+    @property
+    def first(self) -> str:
+        """The job whose turn is next. Raises IndexError when nobody waits."""
+        return self._next().order[0][1]
+
     def pop(self) -> str:
         """Takes out the job whose turn is next."""
+        job_id = self.first
+        self.take(job_id)
+        return job_id
+
+    def take(self, job_id: str) -> None:
+        """Takes a job out because it is served; one that does not wait any more is none."""
+        if (place := self._places.get(job_id)) is not None:
+            self._levels[place.level].served = place.turn
+            self.remove(job_id)
+
+    def _next(self) -> _Level:
         urgency = self.urgency
         for number, level in enumerate(self._levels):
             if level.ages and level.ages[0][0] + number * self._ageing_ms == urgency:
-                level.served, job_id = level.order[0]
-                self.remove(job_id)
-                return job_id
+                return level
         raise IndexError("nobody waits")
 
     def remove(self, job_id: str) -> None:

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from llmstream.config import DeadlineSettings, SchedulerSettings
+from llmstream.config import BreakerSettings, DeadlineSettings, SchedulerSettings
 from llmstream.errors import (
     DeadlineExceeded,
     Fenced,
@@ -20,11 +20,17 @@ from llmstream.errors import (
     ShuttingDown,
     StoreUnavailable,
 )
-from llmstream.routing.router import REMOTE, Router
+from llmstream.routing.gates import Crossing, Gates
+from llmstream.routing.retry import Backoff
+from llmstream.routing.router import Router
+from llmstream.routing.targets import REMOTE, Target
 from llmstream.scheduler.accounts import Accounts
+from llmstream.scheduler.admission import Admission
 from llmstream.scheduler.audience import Audience
 from llmstream.scheduler.line import Line
 from llmstream.scheduler.worker import Worker
+from llmstream.store.breakers import Policy
+from llmstream.store.budgets import POLL_S, Wait
 from llmstream.store.lanes import Claimed, Lanes, Standing
 from llmstream.store.memory import in_memory
 from llmstream.store.store import Store
@@ -32,6 +38,8 @@ from llmstream.telemetry.observer import Observer
 from llmstream.types import Clock, Finished, Job
 
 CLAIM_BATCH = 64
+LIMITED_BATCH = 8
+"""So many where each needs room at a target: what finds none was claimed in vain."""
 NO_CLAIM = 0
 """The number that memory jobs run under, which no store has given out."""
 MAX_BEAT_S = 0.5
@@ -50,8 +58,14 @@ logger = logging.getLogger(__name__)
 class Pool:
     """The slots of one pool on this replica and the jobs in them."""
 
-    def __init__(self, lanes: Lanes, slots: int, line: Line) -> None:
+    def __init__(self, lanes: Lanes, slots: int, line: Line, targets: Sequence[Target] = ()) -> None:
         self.lanes = lanes
+        self.targets = targets
+        """Those whose limits the jobs wait for; none: a free slot is enough."""
+        self.full_until = 0.0
+        """Until when, in the event loop's time, these have no room."""
+        self.rooms = 0
+        """How often we were told that they may have room again."""
         self.slots = slots
         self.line = line
         """The memory jobs that wait here."""
@@ -99,6 +113,8 @@ class Scheduler:
         *,
         settings: SchedulerSettings,
         deadlines: DeadlineSettings,
+        backoff: Backoff,
+        breaker: BreakerSettings | None = None,
         clock: Clock,
         accounts: Accounts | None = None,
         observer: Observer | None = None,
@@ -109,6 +125,7 @@ class Scheduler:
         self._router = router
         self._settings = settings
         self._deadlines = deadlines
+        self._backoff = backoff
         self._clock = clock
         self._observer = observer or Observer()
         self._beat_s = min(MAX_BEAT_S, settings.lease_s / 4)
@@ -117,17 +134,26 @@ class Scheduler:
         self._closing = False
         self.audience = Audience(store, replica, clock=clock, stop_job=self.stop_job)
         self.pools: dict[str, Pool] = {}
-        for name, providers in router.pools.items():
-            slots = settings.remote_slots if name == REMOTE else sum(provider.slots for provider in providers)
-            self.pools[name] = Pool(store.lanes(name, settings), slots, Line(settings.ageing_s))
+        for name, most in router.pools.items():
+            slots = min(most or settings.remote_slots, settings.remote_slots) if _is_remote(name) else most
+            self.pools[name] = Pool(store.lanes(name, settings), slots, Line(settings.ageing_s), router.targets(name))
+        policy = _policy(breaker or BreakerSettings())
+        self.gates = Gates(
+            store.budgets(replica, lease_s=settings.lease_s),
+            store.breakers(replica, policy, lease_s=settings.lease_s),
+        )
+        self._admission = Admission(router, self.gates, settings.ageing_s)
 
     async def open(self) -> None:
         self._store.signals.on_work = self.kick
         self._store.signals.on_cancel = self.stop_job
+        self._store.signals.on_room = self.make_room
         self._store.memory.on_unread = self._end_unread
         for pool in self.pools.values():
             await self._beat(pool)
         await self.audience.open()
+        if any(map(_is_remote, self.pools)):
+            self._loops.append(asyncio.create_task(self._watch_targets(), name="heartbeat-targets"))
         for name, pool in self.pools.items():
             self._loops.append(asyncio.create_task(self._claim(name, pool), name=f"claim-{name}"))
             self._loops.append(asyncio.create_task(self._heartbeats(pool), name=f"heartbeat-{name}"))
@@ -161,6 +187,14 @@ class Scheduler:
         if pool in self.pools:
             self.pools[pool].wake.set()
 
+    def make_room(self, target: str) -> None:
+        """Says that a target may have room again."""
+        self.gates.budgets.wake(target)
+        for pool in self.pools.values():
+            if any(each.name == target for each in pool.targets):
+                pool.full_until, pool.rooms = 0.0, pool.rooms + 1
+                pool.wake.set()
+
     def stop_job(self, job_id: str) -> None:
         """Stops a job that was ended from outside, if it runs here."""
         for pool in self.pools.values():
@@ -180,7 +214,7 @@ class Scheduler:
                 retry_after=1,
             )
         self._store.memory.create(job)
-        if pool.free > 0 and not pool.more:
+        if pool.free > 0 and not pool.more and not pool.targets:
             self._start(job.pool, pool, job.id, NO_CLAIM)
         else:
             pool.line.push(job, asyncio.get_running_loop().time() * 1000 + pool.store_ahead_ms)
@@ -214,7 +248,8 @@ class Scheduler:
             except StoreUnavailable as error:
                 pool.unsure = True
                 logger.warning("cannot claim jobs: %s", error.message)
-                self._start_own(name, pool, math.inf)
+                if not pool.targets:
+                    self._start_own(name, pool, math.inf)
             except Exception:  # a replica that keeps its lease but claims nothing would be worse
                 pool.unsure = True
                 logger.exception("claiming jobs failed")
@@ -223,12 +258,15 @@ class Scheduler:
         """Claims this replica's share at once, and a moment later what nobody else took; memory jobs have their turn
         among them."""
         pool.more, patient = True, True
-        while pool.free > 0 and not self._closing:
-            count = min(pool.free, CLAIM_BATCH)
+        while pool.free > 0 and not self._closing and not self._full(pool):
+            count = min(pool.free, LIMITED_BATCH if pool.targets else CLAIM_BATCH)
             claimed = await self._take(pool, count, patient)
-            for job_id in claimed.ids:
-                self._start(name, pool, job_id, claimed.number)
-            self._start_own(name, pool, claimed.first_left)
+            if pool.targets:
+                await self._admit_all(name, pool, claimed)
+            else:
+                for job_id in claimed.ids:
+                    self._start(name, pool, job_id, claimed.number)
+                self._start_own(name, pool, claimed.first_left)
             if len(claimed.ids) == count or 0 < claimed.first_left < math.inf:
                 continue
             if not claimed.left:
@@ -237,6 +275,41 @@ class Scheduler:
             patient, pool.yielding = False, True
             await asyncio.sleep(PATIENCE_S)
             pool.yielding = False
+
+    async def _admit_all(self, name: str, pool: Pool, claimed: Claimed) -> None:
+        """Starts the claimed jobs, then own ones, as long as their targets have room; the rest goes back in line."""
+        states = {state.job.id: state.job for state in await self._store.jobs.find_all(claimed.ids)}
+        left = list(claimed.ids)
+        try:
+            while left and await self._admit(name, pool, states.get(left[0]), left[0], claimed.number):
+                del left[0]
+        finally:
+            for job_id in left:
+                await pool.lanes.release(job_id, self.replica, wake=False)
+        while pool.free > 0 and pool.line.urgency < claimed.first_left and not self._full(pool):
+            job_id = pool.line.first
+            if await self._admit(name, pool, self._store.memory.job(job_id), job_id, NO_CLAIM):
+                pool.line.take(job_id)
+
+    async def _admit(self, name: str, pool: Pool, job: Job | None, job_id: str, claim: int) -> bool:
+        """Starts a job if its targets have room; if not, asks again later."""
+        told = pool.rooms
+        found = await self._admission.admit(job) if job is not None else None
+        if isinstance(found, Wait):
+            if pool.rooms == told:  # else there may be room since we were refused
+                self._wait_for_room(pool, found.after_s)
+            return False
+        self._start(name, pool, job_id, claim, found, self._admission.urgency(job) if job is not None else 0.0)
+        return True
+
+    def _wait_for_room(self, pool: Pool, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        pool.full_until = loop.time() + min(seconds, POLL_S)
+        loop.call_at(pool.full_until, pool.wake.set)
+
+    @staticmethod
+    def _full(pool: Pool) -> bool:
+        return bool(pool.targets) and asyncio.get_running_loop().time() < pool.full_until
 
     def _start_own(self, name: str, pool: Pool, first_left: float) -> None:
         """Starts the memory jobs whose turn comes before that of the first job left in the store."""
@@ -253,7 +326,17 @@ class Scheduler:
         finally:
             pool.claiming = 0
 
-    def _start(self, name: str, pool: Pool, job_id: str, claim: int) -> None:
+    def _start(
+        self,
+        name: str,
+        pool: Pool,
+        job_id: str,
+        claim: int,
+        granted: Crossing | None = None,
+        urgency: float = 0.0,
+    ) -> None:
+        if granted is not None and (self._closing or job_id in pool.running):
+            self.gates.give_back(granted)
         if self._closing:  # it came too late and goes back when we leave
             return
         if job_id in pool.running:
@@ -270,8 +353,12 @@ class Scheduler:
             jobs=memory or self._store.jobs,
             log=memory or self._store.log,
             router=self._router,
+            gates=self.gates,
+            granted=granted,
+            urgency=urgency,
             deadlines=self._deadlines,
             max_attempts=self._settings.max_attempts,
+            backoff=self._backoff,
             clock=self._clock,
             accounts=self._accounts,
             observer=self._observer,
@@ -355,6 +442,17 @@ class Scheduler:
                 pool.unsure = True
                 logger.exception("heartbeat failed")
 
+    async def _watch_targets(self) -> None:
+        """Keeps what is reserved of targets, and learns how their breakers are."""
+        while True:
+            await asyncio.sleep(self._beat_s)
+            try:
+                await self.gates.refresh()
+            except StoreUnavailable as error:
+                logger.warning("heartbeat of targets failed: %s", error.message)
+            except Exception:  # without it slots of targets would lapse while they are used
+                logger.exception("heartbeat of targets failed")
+
     async def _beat(self, pool: Pool) -> None:
         asked = asyncio.get_running_loop().time()
         pulse = await pool.lanes.heartbeat(
@@ -400,6 +498,19 @@ class Scheduler:
             for worker in pool.running.values():
                 if chosen(worker):
                     worker.interrupt(reason)
+
+
+def _is_remote(pool: str) -> bool:
+    return pool == REMOTE or pool.startswith(f"{REMOTE}:")
+
+
+def _policy(settings: BreakerSettings) -> Policy:
+    return Policy(
+        failures=settings.failures,
+        window_s=settings.window_s,
+        open_s=settings.open_s,
+        max_open_s=settings.max_open_s,
+    )
 
 
 def _settled(pool: Pool, settling: asyncio.Future[Any]) -> None:

@@ -16,13 +16,16 @@ from llmstream.errors import (
     ShuttingDown,
     StoreUnavailable,
     UpstreamBroken,
+    UpstreamTimeout,
 )
-from llmstream.providers.base import CannotContinue, Provider
 from llmstream.providers.tokens import Tokenizer
+from llmstream.routing.gates import Crossing, Gates
+from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
+from llmstream.routing.targets import Target
 from llmstream.scheduler.accounts import Accounts
+from llmstream.scheduler.asking import Asking
 from llmstream.scheduler.intake import EVENT_BYTES, Intake
-from llmstream.store.channel import Channel
 from llmstream.store.jobs import Begun, Jobs
 from llmstream.store.log import Log
 from llmstream.store.memory import AnyWriter, Memory
@@ -34,11 +37,8 @@ from llmstream.types import (
     BEGINNING,
     Clock,
     Delta,
-    Event,
-    EventId,
     Failure,
     Finished,
-    GenerateRequest,
     Job,
     Restart,
     Started,
@@ -50,11 +50,6 @@ Result = Literal["done", "dead", "release"]
 """What becomes of the claim: the job needs no more work, or was given up, or somebody else shall go on."""
 
 FLUSH_S = 2.0
-BACKOFF_S = 0.2
-MAX_BACKOFF_S = 5.0
-
-_BARELY_BEGUN = Transcript([Event(EventId(1, 1), Delta())])
-"""Stands for whatever text an attempt may have produced when it is asked to hand over."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -72,8 +67,12 @@ class Worker:
         jobs: Jobs | Memory,
         log: Log | Memory,
         router: Router,
+        gates: Gates,
+        granted: Crossing | None = None,
+        urgency: float = 0.0,
         deadlines: DeadlineSettings,
         max_attempts: int,
+        backoff: Backoff,
         clock: Clock,
         accounts: Accounts | None = None,
         observer: Observer | None = None,
@@ -84,8 +83,12 @@ class Worker:
         self._jobs = jobs
         self._log = log
         self._router = router
+        self._gates = gates
+        self._granted = granted
+        self._urgency = urgency
         self._deadlines = deadlines
         self._max_attempts = max_attempts
+        self._backoff = backoff
         self._clock = clock
         self._accounts = accounts or Accounts({}, Tokenizer())
         self._observer = observer or Observer()
@@ -94,7 +97,7 @@ class Worker:
         self._begun: Begun | None = None
         self._interruption: LLMStreamError | None = None
         self._scope: asyncio.Task[Any] | None = None
-        self._continuable = True
+        self._asking: Asking | None = None
         self._answered = False
         self._intake: Intake | None = None
 
@@ -103,12 +106,18 @@ class Worker:
 
         Raises StoreUnavailable when the store stays away for too long.
         """
-        result = await self._run()
-        if result != "release" and not self._answered:
-            await self._router.stop(self.job_id)
-        return result
+        try:
+            result = await self._live()
+            if result != "release" and not self._answered:
+                await self._router.stop(self.job_id)
+            return result
+        finally:
+            if self._asking is not None:
+                self._asking.close()
+            elif self._granted is not None:
+                self._gates.give_back(self._granted)
 
-    async def _run(self) -> Result:
+    async def _live(self) -> Result:
         while True:
             started = Started(replica=self._replica, at=self._clock())
             begun = await self._jobs.begin(self.job_id, started, self._max_attempts, self.claim)
@@ -157,7 +166,8 @@ class Worker:
     @property
     def can_hand_over(self) -> bool:
         """Whether another replica could go on where this one stops."""
-        return self._continuable and (self._intake is None or self._intake.text_only)
+        continuable = self._asking is None or self._asking.continuable
+        return continuable and (self._intake is None or self._intake.text_only)
 
     def check_deadlines(self) -> None:
         """Called at every heartbeat: one timer for all jobs."""
@@ -173,9 +183,9 @@ class Worker:
         elif job.expires_at is not None and now > job.expires_at:
             self.interrupt(DeadlineExceeded("The job did not finish within the request's deadline_s."))
         elif not got_token and silent > limits.first_token_s:
-            self.interrupt(UpstreamBroken(f"The model gave no first token within {limits.first_token_s:g} s."))
+            self.interrupt(UpstreamTimeout(f"The model gave no first token within {limits.first_token_s:g} s."))
         elif got_token and silent > limits.stall_s:
-            self.interrupt(UpstreamBroken(f"The model stalled: no token for {limits.stall_s:g} s."))
+            self.interrupt(UpstreamTimeout(f"The model stalled: no token for {limits.stall_s:g} s."))
 
     async def _attempt(self, begun: Begun, writer: AnyWriter, seen: Attempt) -> Result | None:
         """One attempt. None: it failed in a way that another attempt may mend."""
@@ -185,7 +195,10 @@ class Worker:
         except (Fenced, ShuttingDown, StoreUnavailable):
             raise
         except LLMStreamError as error:
-            if error.retryable and begun.tries < self._max_attempts:
+            self._interruption = None
+            if self._asking is not None and isinstance(error, UpstreamBroken):
+                self._asking.blame(error)
+            if error.retryable and begun.tries < self._max_attempts and await self._may_try_again(begun, writer):
                 seen.end("retried", self._intake, error)
                 return await self._pause(begun, writer, error)
             failed, finished = error, self._failed(error)
@@ -202,45 +215,47 @@ class Worker:
         return "dead" if state is not None and state.dead else "done"
 
     async def _generate(self, begun: Begun, writer: AnyWriter, seen: Attempt) -> Finished:
-        request = begun.job.asked
-        provider = self._router.target(request).provider
-        seen.provider = provider.name
-        self._intake = Intake(writer, asyncio.get_running_loop().time, seen)
+        job, clock = begun.job, asyncio.get_running_loop().time
+        self._intake = intake = Intake(writer, clock, seen)
+        asking = self._asking = self._asking or Asking(job, self._router, self._gates, self._granted, self._urgency)
+        seen.provider = asking.asked.provider.name
         transcript = await self._history(begun)
         if begun.attempt > 1 and begun.previous == BEGINNING:
             writer.append(Restart("the store lost what the earlier attempts wrote"), EVENT_BYTES)
-        if begun.job.continues is not None and (transcript is None or transcript.empty):
-            transcript = await self._inherit(begun.job.continues, begun.job, provider, writer)
-        so_far: Transcript | None = None
-        seen.fresh = transcript is None or transcript.empty
-        if transcript is not None and not transcript.empty:
-            if self._complete(transcript, begun.job):
-                usage = await self._settled(writer, transcript.usage, begun.job, provider)
-                return self._finished(usage, _reasons(transcript))
-            if transcript.continuable and provider.can_continue(request, transcript):
-                so_far = transcript
-                seen.earlier_tokens = transcript.produced
-            else:
-                writer.append(Restart("the earlier attempt cannot be continued"), EVENT_BYTES)
-        self._continuable = provider.can_continue(request, so_far or _BARELY_BEGUN)
-        try:
-            await self._ask(provider, request, so_far, self._intake, writer.channel)
-        except CannotContinue as error:
-            logger.warning("the answer starts over: %s", error.message, extra={"job_id": self.job_id})
-            writer.append(Restart("the earlier attempt cannot be continued"), EVENT_BYTES)
-            await self._ask(provider, request, None, self._intake, writer.channel)
-        self._answered = True
-        if len(self._intake.reasons) < request.choices:
-            raise UpstreamBroken("The model's stream ended before the answer did.")
-        usage = await self._settled(writer, self._intake.usage, begun.job, provider)
-        return self._finished(usage, self._intake.reasons)
+        if job.continues is not None and (transcript is None or transcript.empty):
+            transcript = await self._inherit(job.continues, job, asking, writer)
+        shown = transcript is not None and not transcript.empty
+        seen.fresh = not shown
+        if transcript is not None and shown and self._complete(transcript, job):
+            usage = await self._settled(writer, transcript.usage, job, asking.asked)
+            return self._finished(usage, _reasons(transcript))
+        if transcript is not None and asking.can_continue(transcript):
+            seen.earlier_tokens = transcript.produced
 
-    async def _settled(self, writer: AnyWriter, usage: Usage | None, job: Job, provider: Provider) -> Usage:
+        def restart() -> None:
+            writer.append(Restart("the earlier attempt cannot be continued"), EVENT_BYTES)
+
+        # What a replica left when it died may start over, whatever becomes of answers that their model broke off.
+        may_restart = job.restarts or asking.fault is None
+        steps = asking.plan(transcript, may_restart=may_restart)
+        start = clock()
+        try:
+            await asking.answer(steps, intake, restart if shown and may_restart else None)
+        finally:
+            seen.provider = asking.asked.provider.name
+            if self._whole:  # for the reader who compares it with their own time
+                channel = writer.channel
+                channel.upstream_s = (channel.upstream_s or 0.0) + clock() - start - intake.held_s
+        self._answered = True
+        usage = asking.hedged(await self._settled(writer, intake.usage, job, asking.asked))
+        return self._finished(usage, intake.reasons)
+
+    async def _settled(self, writer: AnyWriter, usage: Usage | None, job: Job, target: Target) -> Usage:
         """What the whole answer used and costs, also where nobody told."""
         if usage is None:
             await writer.flush()
             usage = await self._accounts.counted(job.request, await self._logged(self.job_id))
-        return self._accounts.priced(usage, provider.name, job.request.model)
+        return self._accounts.priced(usage, target.provider.name, target.model or job.request.model)
 
     async def _logged(self, job_id: str) -> Transcript:
         transcript = Transcript()
@@ -248,18 +263,6 @@ class Worker:
             for entry in entries:
                 transcript.extend(entry.payloads, entry.last)
         return transcript
-
-    async def _ask(
-        self, provider: Provider, request: GenerateRequest, so_far: Transcript | None, intake: Intake, channel: Channel
-    ) -> None:
-        """Generates; notes how long the provider was busy, for the reader who compares it with their own time."""
-        clock = asyncio.get_running_loop().time
-        start = clock()
-        try:
-            await provider.generate(request, so_far, intake)
-        finally:
-            if self._whole:
-                channel.upstream_s = (channel.upstream_s or 0.0) + clock() - start - intake.held_s
 
     async def _history(self, begun: Begun) -> Transcript | None:
         """The answer as earlier attempts left it. The log is fenced by now, so it cannot grow any more."""
@@ -275,7 +278,21 @@ class Worker:
                         transcript.add(event)
         return transcript
 
-    async def _inherit(self, old_id: str, job: Job, provider: Provider, writer: AnyWriter) -> Transcript | None:
+    async def _may_try_again(self, begun: Begun, writer: AnyWriter) -> bool:
+        """Whether nothing was shown, or the next attempt can go on from it, or may start over visibly."""
+        untouched = begun.attempt == 1 and begun.job.continues is None
+        if begun.job.restarts or self._asking is None or self._asking.fault is None:
+            return True
+        if untouched and not (self._intake and self._intake.got_token):
+            return True
+        await writer.flush()
+        transcript = Transcript()
+        while entries := await self._log.read(self.job_id, transcript.position):
+            for event in (event for entry in entries for event in entry.events):
+                transcript.add(event)
+        return transcript.empty or self._complete(transcript, begun.job) or self._asking.can_continue(transcript)
+
+    async def _inherit(self, old_id: str, job: Job, asking: Asking, writer: AnyWriter) -> Transcript | None:
         """Copies the answer of the job that this one was requeued from, as far as it can be continued."""
         transcript = Transcript()
         deltas: list[Delta] = []
@@ -286,8 +303,7 @@ class Worker:
                     deltas.clear()
                 elif isinstance(event.data, Delta):
                     deltas.append(event.data)
-        may_go_on = transcript.continuable and provider.can_continue(job.request, transcript)
-        if not may_go_on and not self._complete(transcript, job):
+        if not asking.can_continue(transcript) and not self._complete(transcript, job):
             return None
         for delta in deltas:
             writer.append(delta, len(delta.text) + EVENT_BYTES)
@@ -311,8 +327,8 @@ class Worker:
     async def _pause(self, begun: Begun, writer: AnyWriter, error: LLMStreamError) -> Result | None:
         """Waits before the next attempt, still cancellable."""
         logger.warning("attempt failed: %s", error.message, extra={"job_id": self.job_id})
-        delay = error.retry_after or min(BACKOFF_S * 2 ** (begun.tries - 1), MAX_BACKOFF_S)
-        self._interruption = None
+        untried = self._asking is not None and self._asking.untried
+        delay = 0.0 if untried else self._backoff.delay(begun.tries, error.retry_after)
         if self._intake is not None:
             self._intake.silent_since = None
         try:

@@ -216,12 +216,12 @@ _RELEASE = Script(
     "release",
     _PRELUDE
     + """
--- ARGV id, replica, ttl_ms, wake channel, pool. Back to the front of its level, for anybody.
+-- ARGV id, replica, ttl_ms, wake channel or '', pool. Back to the front of its level, for anybody.
 local claim = redis.call('HGET', claims, ARGV[1])
 if not claim or split(claim)[1] ~= ARGV[2] then return 0 end
 requeue(ARGV[1])
 keep(ARGV[3], KEYS)
-redis.call('PUBLISH', ARGV[4], ARGV[5])
+if ARGV[4] ~= '' then redis.call('PUBLISH', ARGV[4], ARGV[5]) end
 return 1
 """,
 )
@@ -499,9 +499,10 @@ class Lanes:
         """Takes a job that was requeued off the list of dead letters."""
         await self._pipeline.call("ZREM", self._key("dead"), job_id)
 
-    async def release(self, job_id: str, replica: str) -> None:
-        """Hands a claimed job to whoever claims next; it goes to the front of its level."""
-        await self._pipeline.run(_RELEASE, self._keys, job_id, replica, self._ttl_ms, self._wake, self.pool)
+    async def release(self, job_id: str, replica: str, *, wake: bool = True) -> None:
+        """Hands a claimed job to whoever claims next, who is told with ``wake``; it goes to the front of its level."""
+        channel = self._wake if wake else ""
+        await self._pipeline.run(_RELEASE, self._keys, job_id, replica, self._ttl_ms, channel, self.pool)
 
     async def remove(self, job_id: str) -> bool:
         """Takes a job that has ended out of the line; True when it was still waiting."""

@@ -90,6 +90,10 @@ class Memory:
         """The record of a job. Raises NotFound, or Conflict for another replica's."""
         return self._get(job_id).state
 
+    def job(self, job_id: str) -> Job:
+        """A job of this replica that waits or runs."""
+        return self._kept[job_id].state.job
+
     async def find(self, job_id: str) -> JobState | None:
         kept = self._kept.get(job_id)
         return kept.state if kept is not None else None

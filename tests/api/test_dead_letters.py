@@ -12,7 +12,6 @@ from llmstream.config import DeadlineSettings
 from llmstream.errors import UpstreamBroken
 from llmstream.providers.base import Provider
 from llmstream.routing.router import Router
-from llmstream.scheduler import worker as worker_module
 from llmstream.scheduler.worker import Worker
 from llmstream.server import Server
 from llmstream.store import lanes as lanes_module
@@ -21,17 +20,12 @@ from llmstream.transcript import Transcript
 from llmstream.types import Delta, Failure, Finished, GenerateRequest, Job, Restart, Started
 from tests.api.reading import Json, finished, log_of, read_all, status, submit, tokens
 from tests.logs import begin, new_job, stored, text_of
-from tests.replica import Scripted, lanes_of
+from tests.replica import SHORTLY, Scripted, gates_of, lanes_of
 from tests.replica import submit as submit_bare
 from tests.waiting import wait_until
 
 DOOMED = {"tokens": 12, "fault": "crash", "at": 5, "attempts": 3}
 """Fails as often as a job is tried; the next run of the same request goes well."""
-
-
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "BACKOFF_S", 0.01)
 
 
 async def dead(http: aiohttp.ClientSession) -> list[Json]:
@@ -113,8 +107,10 @@ def make_worker(store: Store, job: Job, provider: Provider) -> Worker:
         jobs=store.jobs,
         log=store.log,
         router=Router([provider]),
+        gates=gates_of(store),
         deadlines=DeadlineSettings(),
         max_attempts=1,
+        backoff=SHORTLY,
         clock=lambda: 1.0,
     )
 

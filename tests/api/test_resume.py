@@ -59,7 +59,7 @@ def _body(case: Case) -> dict[str, Any]:
     echo: dict[str, object] = {"tokens": case.length, "delay_ms": case.delay_ms}
     if case.crash_at is not None:
         echo |= {"fault": "crash", "at": min(case.crash_at, case.length), "attempts": 1}
-    return {"echo": echo, "n": case.choices}
+    return {"echo": echo, "n": case.choices, "on_cut": "restart"}
 
 
 async def _read_with_cuts(http: aiohttp.ClientSession, url: str, cuts: list[Cut]) -> list[Frame]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from llmstream.routing.router import REMOTE
+from llmstream.routing.targets import REMOTE
 from tests.chaos import models
 from tests.chaos.cases import (
     CRASHED,

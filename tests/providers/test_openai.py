@@ -17,8 +17,15 @@ from llmstream.errors import (
     LLMStreamError,
     ProviderError,
     UpstreamBroken,
+    UpstreamDenied,
+    UpstreamFailed,
+    UpstreamFiltered,
     UpstreamLimited,
     UpstreamRejected,
+    UpstreamTimeout,
+    UpstreamTooLong,
+    UpstreamUnknown,
+    UpstreamUnreachable,
 )
 from llmstream.providers import openai as openai_module
 from llmstream.providers.base import Provider
@@ -256,17 +263,30 @@ def wrong(message: str, **members: Any) -> dict[str, Any]:
             UpstreamRejected,
             {"param": "temperature", "code": "out_of_range", "status": 400, "words": "bad temperature"},
         ),
-        (Reply(status=404, body=wrong("no such model")), UpstreamRejected, {"status": 404, "words": "no such model"}),
-        (Reply(status=413, body="<html>"), UpstreamRejected, {"status": 413, "words": "gave no reason"}),
+        (Reply(status=404, body=wrong("no such model")), UpstreamUnknown, {"status": 404, "words": "no such model"}),
+        (Reply(status=413, body="<html>"), UpstreamTooLong, {"status": 413, "words": "gave no reason"}),
         (Reply(status=422, body={"detail": [{"loc": "x"}]}), UpstreamRejected, {"status": 422, "words": "loc"}),
         (Reply(status=400, body={"error": "bad"}), UpstreamRejected, {"status": 400, "words": "bad"}),
-        (Reply(status=401, body=wrong(f"Incorrect API key: {KEY}")), ProviderError, {"words": "providers.far.api_key"}),
-        (Reply(status=403, body=wrong(f"{KEY} is banned")), ProviderError, {"words": "is banned"}),
-        (Reply(status=402, body=wrong("no money")), ProviderError, {"words": "no money"}),
+        (
+            Reply(status=401, body=wrong(f"Incorrect API key: {KEY}")),
+            UpstreamDenied,
+            {"words": "providers.far.api_key"},
+        ),
+        (Reply(status=403, body=wrong(f"{KEY} is banned")), UpstreamDenied, {"words": "is banned"}),
+        (Reply(status=402, body=wrong("no money")), UpstreamDenied, {"words": "no money"}),
         (Reply(status=307, headers={"Location": "http://x/"}, body=""), ProviderError, {"words": "base_url"}),
-        (Reply(status=408, body=""), UpstreamBroken, {"words": "408"}),
-        (Reply(status=500, body=[wrong("oh")]), UpstreamBroken, {"words": "oh"}),
-        (Reply(status=529, headers={"retry-after": "3"}, body=wrong("busy")), UpstreamBroken, {"retry_after": 3.0}),
+        (Reply(status=408, body=""), UpstreamTimeout, {"words": "408"}),
+        (Reply(status=500, body=[wrong("oh")]), UpstreamFailed, {"words": "oh"}),
+        (Reply(status=529, headers={"retry-after": "3"}, body=wrong("busy")), UpstreamFailed, {"retry_after": 3.0}),
+        (Reply(status=504, body=""), UpstreamTimeout, {"words": "504", "status": 504}),
+        (Reply(status=400, body=wrong("no", code="context_length_exceeded")), UpstreamTooLong, {"status": 400}),
+        (
+            Reply(status=400, body=wrong("This model's maximum context length is 8 tokens.")),
+            UpstreamTooLong,
+            {"code": "context_length_exceeded"},
+        ),
+        (Reply(status=400, body=wrong("shocking", code="content_filter")), UpstreamFiltered, {"status": 400}),
+        (Reply(status=429, body=wrong("pay", code="insufficient_quota")), UpstreamDenied, {"words": "pay"}),
         (Reply(status=429, body=wrong("slow", code="rate")), UpstreamLimited, {"code": "rate", "status": 429}),
         (Reply(status=429, headers={"retry-after": "2.5"}, body=""), UpstreamLimited, {"retry_after": 2.5}),
         (
@@ -287,7 +307,7 @@ async def test_refusals(
     deltas, error = await until_error(provider, ask())
     assert deltas == []
     assert type(error) is kind
-    assert error.retryable == (kind in {UpstreamBroken, UpstreamLimited})
+    assert error.retryable == issubclass(kind, UpstreamBroken | UpstreamLimited)
     found = {
         "param": error.param,
         "code": error.error_code,
@@ -298,6 +318,36 @@ async def test_refusals(
     assert expected.pop("words", "") in error.message
     assert found | expected == found
     assert KEY not in repr(error) + json.dumps(error.body())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"message": "slow down", "code": 429}, UpstreamLimited),
+        ({"message": "gone", "code": 502}, UpstreamFailed),
+        ({"message": "it took too long", "code": "timeout", "status": 504}, UpstreamTimeout),
+        ({"message": "wrong key", "code": 401}, UpstreamDenied),
+        ({"message": "too hot", "type": "invalid_request_error", "param": "temperature"}, UpstreamRejected),
+        ({"message": "too much", "type": "invalid_request_error", "code": "context_length_exceeded"}, UpstreamTooLong),
+        ({"message": "no", "code": "content_filter"}, UpstreamFiltered),
+        ({"message": "on fire"}, UpstreamFailed),
+        (f"the key {KEY} burns", UpstreamFailed),
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True])
+async def test_an_error_behind_a_200(
+    provider: OpenAIProvider, upstream: Upstream, error: Any, kind: type[LLMStreamError], whole: bool
+) -> None:
+    """An error object where an answer belongs is of the kind that it says, and shows no key."""
+    body = {"error": error}
+    if whole:
+        reply = Reply(body=body)
+    else:
+        reply = Reply(body=f"data: {json.dumps(body)}\n\n", headers={"Content-Type": "text/event-stream"})
+    upstream.replies.append(reply)
+    deltas, found = await until_error(provider, ask())
+    assert (deltas, type(found)) == ([], kind)
+    assert KEY not in found.message
 
 
 async def test_retry_after_as_a_date(provider: OpenAIProvider, upstream: Upstream) -> None:
@@ -314,7 +364,7 @@ async def test_unreachable(unused_tcp_port: int) -> None:
     provider = connect(f"http://127.0.0.1:{unused_tcp_port}/v1")
     await provider.open()
     deltas, error = await until_error(provider, ask())
-    assert (deltas, type(error)) == ([], UpstreamBroken)
+    assert (deltas, type(error)) == ([], UpstreamUnreachable)
     await provider.close()
 
 
@@ -454,12 +504,12 @@ async def test_prefill(provider: OpenAIProvider, upstream: Upstream) -> None:
 
 
 async def test_prefill_of_the_client(provider: OpenAIProvider, upstream: Upstream) -> None:
-    """What was logged joins a prefill that the client sent itself, and unknown counts change no limit."""
+    """What was logged joins a prefill that the client sent itself; where nobody counted, a piece is a token."""
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "He", "name": "a"}]
     await collect(provider, ask(messages=messages, max_tokens=10), transcript([Delta("llo")]))
     seen = upstream.requests[0].body
     assert seen["messages"] == [messages[0], {"role": "assistant", "content": "Hello", "name": "a"}]
-    assert seen["max_tokens"] == 10
+    assert seen["max_tokens"] == 9
 
 
 async def test_limit_reached_before_the_cut(provider: OpenAIProvider, upstream: Upstream) -> None:

@@ -13,7 +13,6 @@ from llmstream.config import SchedulerSettings, Settings
 from llmstream.errors import Overloaded
 from llmstream.gateway import open_gateway
 from llmstream.scheduler import scheduler as scheduler_module
-from llmstream.scheduler import worker as worker_module
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store import lanes as lanes_module
 from llmstream.store.store import Store
@@ -24,11 +23,6 @@ from tests.logs import drain, finished, stored, text_of
 from tests.proxy import distant
 from tests.replica import FAST, MODEL, Scripted, echo, lanes_of, replica, submit, tokens
 from tests.waiting import wait_until
-
-
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "BACKOFF_S", 0.01)
 
 
 async def status_of(store: Store, job: Job) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from llmstream.config import DeadlineSettings
+from llmstream.config import DeadlineSettings, RetrySettings
 from llmstream.errors import EngineCrashed, Fenced, ShuttingDown, UpstreamBroken, UpstreamLimited
 from llmstream.providers.base import Provider
+from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
 from llmstream.scheduler import worker as worker_module
 from llmstream.scheduler.worker import Result, Worker
@@ -20,15 +21,10 @@ from llmstream.transcript import Transcript
 from llmstream.types import Delta, Event, Finished, GenerateRequest, Job, Restart, Started
 from tests.logs import begin, finished, stored, text_of
 from tests.proxy import distant
-from tests.replica import Scripted, echo, submit, tokens
+from tests.replica import Scripted, echo, gates_of, submit, tokens
 from tests.waiting import wait_until
 
 LENGTH = 12
-
-
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "BACKOFF_S", 0.01)
 
 
 class Clock:
@@ -47,6 +43,7 @@ def make_worker(
     provider: Provider | None = None,
     *,
     max_attempts: int = 3,
+    pause_s: float = 0.01,
     clock: Any = time.time,
     **limits: float,
 ) -> Worker:
@@ -57,8 +54,10 @@ def make_worker(
         jobs=store.jobs,
         log=store.log,
         router=Router([provider or echo()]),
+        gates=gates_of(store),
         deadlines=DeadlineSettings.model_validate(limits),
         max_attempts=max_attempts,
+        backoff=Backoff(RetrySettings(base_s=pause_s, cap_s=pause_s), chance=lambda: 1.0),
         clock=clock,
     )
 
@@ -138,7 +137,7 @@ async def test_a_stall_for_good(store: Store) -> None:
     await with_heartbeats(worker, task)
     log, end = await ending(store, job)
     assert end.failure is not None
-    assert (end.status, end.failure.code, text_of(log)) == ("failed", "upstream_broken", tokens(5))
+    assert (end.status, end.failure.code, text_of(log)) == ("failed", "upstream_timeout", tokens(5))
     assert "no first token within 0.05 s" in end.failure.message
 
 
@@ -361,11 +360,10 @@ async def test_cancelling_between_claim_and_beginning(store: Store) -> None:
     assert (end.status, attempts_in(log)) == ("cancelled", 0)
 
 
-async def test_cancelling_in_the_pause_between_attempts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelling_in_the_pause_between_attempts(store: Store) -> None:
     """A job cancelled while it waits for its next attempt has none."""
-    monkeypatch.setattr(worker_module, "BACKOFF_S", 100)
     job = await submit(store, tokens=LENGTH, fault="crash", at=4)
-    worker = make_worker(store, job)
+    worker = make_worker(store, job, pause_s=100)
     task = asyncio.create_task(worker.run())
     await wait_until(lambda: _has_said(store, job, 4))
     await store.jobs.end(job.id, finished("cancelled"))
@@ -389,13 +387,12 @@ async def test_a_cancellation_nobody_told_of(store: Store) -> None:
 
 
 @pytest.mark.parametrize("pausing", [False, True])
-async def test_handing_over(store: Store, pausing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_handing_over(store: Store, pausing: bool) -> None:
     """A replica that shuts down gives the job up at a token boundary; the next worker goes on as if nothing was."""
-    monkeypatch.setattr(worker_module, "BACKOFF_S", 100 if pausing else 0.01)
     fault = "crash" if pausing else "stall"
     job = await submit(store, tokens=LENGTH, fault=fault, at=4, attempts=1)
     provider = echo()
-    worker = make_worker(store, job, provider, max_attempts=2)
+    worker = make_worker(store, job, provider, max_attempts=2, pause_s=100)
     task = asyncio.create_task(worker.run())
     await wait_until(lambda: _has_said(store, job, 4))
     worker.interrupt(ShuttingDown("bye"))

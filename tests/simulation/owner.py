@@ -9,11 +9,12 @@ from collections.abc import Coroutine
 from typing import Any, cast
 from unittest.mock import patch
 
-from llmstream.config import DeadlineSettings, ModelSettings, SchedulerSettings, Settings, StoreSettings
+from llmstream.config import DeadlineSettings, ModelSettings, RetrySettings, SchedulerSettings, Settings, StoreSettings
 from llmstream.duplicates import Identity
 from llmstream.errors import NotFound, StoreUnavailable
 from llmstream.gateway import Gateway
 from llmstream.providers.echo import EchoProvider
+from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store import store as store_module
@@ -34,6 +35,7 @@ DEADLINES = DeadlineSettings(total_s=300, first_token_s=1.5, stall_s=1.5)
 SETTINGS = Settings(store=STORE, scheduler=SCHEDULER, deadlines=DEADLINES)
 MODELS = {slots: ModelSettings(engine="echo", slots=slots) for slots in (1, 2)}
 RETRY_S = 0.2
+BACKOFF = Backoff(RetrySettings(base_s=0.4, cap_s=10), chance=lambda: 0.5)
 
 
 def store_of(loop: VirtualLoop, server: Server, process: Process) -> Store:
@@ -75,6 +77,7 @@ class Owner:
             self.process.name,
             settings=SCHEDULER,
             deadlines=DEADLINES,
+            backoff=BACKOFF,
             clock=lambda: EPOCH + self._loop.time() + self._skew_s,
         )
         while True:
@@ -126,7 +129,9 @@ class Client:
         """How jobs have ended, as far as an answer said so."""
         nothing = Router([])
         clock = self._clock
-        idle = Scheduler(self._store, nothing, "client", settings=SCHEDULER, deadlines=DEADLINES, clock=clock)
+        idle = Scheduler(
+            self._store, nothing, "client", settings=SCHEDULER, deadlines=DEADLINES, backoff=BACKOFF, clock=clock
+        )
         self._gateway = Gateway(SETTINGS, self._store, Router([EchoProvider(MODEL, MODELS[1])]), idle, clock)
 
     def _clock(self) -> float:
