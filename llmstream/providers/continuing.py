@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from msgspec.structs import replace
 
 from llmstream.presets import Capabilities
-from llmstream.providers.tokens import estimated
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest, Usage
 
@@ -22,9 +21,7 @@ class Continued:
         self._position = 0
         self._earlier = so_far if can.continue_by != "replay" else None
         self._produced = produced_tokens(self._earlier)
-        self._estimated = not self._produced and so_far.text != ""
-        if self._estimated:
-            self._produced = estimated(so_far.text)
+        self._estimated = not so_far.counted
 
     def behind(self, deltas: Sequence[Delta]) -> list[Delta]:
         """What of the next deltas is new."""

@@ -214,12 +214,13 @@ class OpenAIProvider:
                 put(answer.close())
         except Broken as error:
             answer.cut(f"broke the connection off: {error}")
+        if answer.failure is not None and self._nested is not None and is_final(answer.complaint):
+            raise UpstreamJobFailed(self._says(answer.failure))
         if answer.complaint is not None:
             said = self._scrubbed(msgspec.json.encode(answer.complaint))
             raise reported(msgspec.json.decode(said, type=Complaint), provider=self.name)
         if answer.failure is not None:
-            final = self._nested is not None and is_final(answer.complaint)
-            raise (UpstreamJobFailed if final else UpstreamBroken)(self._says(answer.failure))
+            raise UpstreamBroken(self._says(answer.failure))
 
     async def _refusal(self, response: Connection) -> ProviderError:
         body = bytearray()

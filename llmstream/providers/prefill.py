@@ -35,6 +35,7 @@ _LIMITS: Final = ("max_tokens", "max_completion_tokens")
 _TRUE, _FALSE = Raw(b"true"), Raw(b"false")
 _WITH_USAGE = Raw(b'{"include_usage":true}')
 _SURVIVES = Raw(b'"continue"')
+_ANEW = Raw(b'"restart"')
 
 _members = msgspec.json.Decoder(Members).decode
 _list = msgspec.json.Decoder(list[Raw]).decode
@@ -55,7 +56,7 @@ def upstream_body(request: GenerateRequest, so_far: Transcript | None, can: Capa
     body["stream"] = _TRUE
     _ask_for_usage(body, can)
     if nested:
-        body["on_disconnect"] = _SURVIVES
+        body["on_disconnect"], body["on_cut"] = _SURVIVES, _ANEW
     elif so_far is not None:
         _continue(body, so_far, can)
     if can.rename and request.kind == "chat":
