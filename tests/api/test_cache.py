@@ -18,6 +18,7 @@ from llmstream.config_routes import CacheSettings
 from llmstream.server import Server
 from llmstream.store.store import Store
 from llmstream.types import GenerateRequest, Job, Principal
+from tests.api.keyed import client, keyed_settings, secret
 from tests.api.pair import two_clients
 from tests.api.reading import Json, conversation, tokens
 from tests.conftest import echo_settings
@@ -270,3 +271,15 @@ async def test_a_forgotten_answer_is_asked_for_again(tmp_path: Path) -> None:
         await post(http, {"prompt": "x"})
         await asyncio.sleep(0.25)
         assert not (await post(http, {"prompt": "x"}))["cached"]
+
+
+async def test_a_shared_answer_needs_the_same_rights(tmp_path: Path) -> None:
+    """With cache.shared, a key gets the answers of others only from models that it may use."""
+    async with Server(keyed_settings(tmp_path, cache=CacheSettings(shared=True))) as server:
+        async with client(server, secret("alice")) as http:
+            for model in ("echo", "other"):
+                assert not (await post(http, {"prompt": "x", "model": model}))["cached"]
+        async with client(server, secret("bob")) as http:
+            assert (await post(http, {"prompt": "x", "model": "echo"}))["cached"]
+            async with http.post("/v1/generate", json={"prompt": "x", "model": "other"}) as response:
+                assert (response.status, (await response.json())["error"]["code"]) == (404, "model_not_found")
