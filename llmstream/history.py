@@ -20,10 +20,11 @@ def outcome(said: Sequence[Message], status: Status | None, transcript: Transcri
         return []
     if status == "cancelled" and not transcript.text:
         return list(said)
-    return [*said, _answer(transcript)]
+    return [*said, answer(transcript)]
 
 
-def _answer(transcript: Transcript) -> Message:
+def answer(transcript: Transcript) -> Message:
+    """The message that a job has given, with the tools that it calls."""
     choice = transcript.choices.get(0)
     message = choice.message if choice is not None else {"role": "assistant", "content": ""}
     return {name: value for name, value in message.items() if value is not None or name == "content"}

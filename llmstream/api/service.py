@@ -6,6 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
+from llmstream import history
 from llmstream.api.access import needs
 from llmstream.api.asking import Asked, Session, ask, chat, default_model, principal_of, served_model
 from llmstream.api.body import read_json, validate
@@ -64,8 +65,7 @@ async def converse(request: web.Request) -> web.StreamResponse:
         return await serve(request, asked.follower, NativeFormat(), headers=headers, waiting=waiting)
     with asked.follower:
         transcript = await read_whole(request, asked.follower)
-    message = {"role": "assistant", "content": transcript.text}
-    answer = {"message": message, **_about(asked, transcript)}
+    answer = {"message": history.answer(transcript), **_about(asked, transcript)}
     return failed(transcript, asked.headers) or web.json_response(answer, headers=asked.headers)
 
 

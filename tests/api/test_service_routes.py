@@ -14,7 +14,7 @@ from llmstream.server import Server
 from tests.api.reading import Json, read_all, tokens
 from tests.conftest import echo_settings
 from tests.sse import parse
-from tests.upstream import Upstream
+from tests.upstream import Reply, Upstream
 
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
@@ -93,6 +93,20 @@ async def test_chat_streams(gemma: aiohttp.ClientSession) -> None:
     numbered = [frame for frame in frames if frame.id]
     _, rest = await read_all(gemma, location, headers={"Last-Event-ID": numbered[2].id or ""})
     assert [frame for frame in rest if frame.id] == numbered[3:]
+
+
+async def test_tool_calls_are_told(tmp_path: Path) -> None:
+    """An answer that calls a tool says so."""
+    call = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    async with Upstream() as upstream:
+        upstream.models["m"] = Reply(pieces=({"tool_calls": [call]},), finish_reason="tool_calls")
+        providers = {"up": ProviderSettings(base_url=upstream.url, models=["m"])}
+        async with (
+            Server(echo_settings(tmp_path, models={}, providers=providers)) as server,
+            aiohttp.ClientSession(server.url) as http,
+        ):
+            _, answer = await post(http, "/v1/chat", {"messages": [QUESTION]})
+    assert answer["message"]["tool_calls"][0]["function"]["name"] == "f"
 
 
 async def test_defaults(tmp_path: Path) -> None:
