@@ -14,6 +14,7 @@ import yaml
 from msgspec.structs import replace
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from llmstream.config_routes import CacheSettings, ChatHistorySettings, ModelDefaults, QuestionSettings
 from llmstream.config_schema import Section, Setting, comma_separated, plain, schema_of
 from llmstream.config_security import KEY_NAME_PATTERN, KEY_NAME_RULE, KeySettings, SecuritySettings
 from llmstream.config_sources import build
@@ -39,7 +40,8 @@ class ServerSettings(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 picks a free one."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
-    """Replica processes that ``serve`` runs on the one port; each loads its own copy of every local model."""
+    """Replica processes that ``serve`` runs on the one port; each loads its own copy of every local model.
+    ``UVICORN_WORKERS`` sets it too."""
     worker_timeout_s: Annotated[float, Field(ge=1)] = 10.0
     """One of several workers that shows no life for so long hangs, and is killed and replaced."""
     shutdown_grace_s: Annotated[float, Field(ge=0)] = 20.0
@@ -114,7 +116,7 @@ class SchedulerSettings(Section):
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     """Executions of one job before it fails with what it has."""
     remote_slots: Annotated[int, Field(ge=1)] = 1000
-    """Remote generations one replica runs at once, over all providers."""
+    """Remote generations one replica runs at once, over all providers. ``CELERY_CONCURRENCY`` sets it too."""
 
 
 class RetrySettings(Section):
@@ -310,7 +312,7 @@ class RouteSettings(Section):
 
 class LoggingSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Least severe messages to write."""
+    """Least severe messages to write. ``CELERY_LOGLEVEL`` sets it too."""
     format: Literal["console", "json"] = "console"
     """Lines for people, or one JSON object for each message."""
     requests: Literal["json", "always", "never"] = "json"
@@ -370,6 +372,10 @@ class Settings(Section):
     """What tokens cost, by ``PROVIDER/MODEL``, ``MODEL`` or ``PROVIDER/*``."""
     routes: dict[str, RouteSettings] = {}
     """Names that lead to several targets; ``*`` and ``?`` in a name stand for any characters, for any one."""
+    model: ModelDefaults = ModelDefaults()
+    question: QuestionSettings = QuestionSettings()
+    cache: CacheSettings = CacheSettings()
+    chat_history: ChatHistorySettings = ChatHistorySettings()
     logging: LoggingSettings = LoggingSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 

@@ -22,6 +22,15 @@ ALIASES: Mapping[str, Key] = {
     "REDIS_URL": ("store", "url"),
     "PORT": ("server", "port"),
     "API_KEYS": ("security", "api_key"),
+    "LLM_SYSTEM_PROMPT": ("question", "system_prompt"),
+    "LLM_TEMPERATURE": ("question", "temperature"),
+    "LLM_MAX_TOKENS": ("question", "max_tokens"),
+    "REQUEST_TIMEOUT": ("question", "timeout_s"),
+    "UVICORN_WORKERS": ("server", "workers"),
+    "CELERY_CONCURRENCY": ("scheduler", "remote_slots"),
+    "CELERY_LOGLEVEL": ("logging", "level"),
+    "APP__HOST": ("server", "host"),
+    "APP__PORT": ("server", "port"),
 }
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -9,10 +9,18 @@ from msgspec.structs import replace
 from llmstream.errors import Conflict
 from llmstream.store.repeats import digest
 from llmstream.store.store import Store
-from llmstream.types import Job, own_id
+from llmstream.types import Job, JobState, own_id
 
 _VOID = frozenset({"failed", "cancelled"})
 """An SDK that tries again wants an answer, not the old error."""
+
+
+class Reserved(NamedTuple):
+    """An id that is kept for a request."""
+
+    job_id: str
+    meeting: str | None = None
+    """Equal for equal requests, where these share the job whoever sends them and however."""
 
 
 class Identity(NamedTuple):
@@ -26,11 +34,13 @@ class Identity(NamedTuple):
     """``Idempotency-Key``."""
     retry: int | None = None
     """How often the caller's SDK has sent this request before; None: it does not say."""
+    reserved: Reserved | None = None
+    """Goes before the other names."""
 
     @property
     def named(self) -> bool:
         """Whether the job may exist already."""
-        return self.job_id is not None or self.key is not None or bool(self.retry)
+        return self.job_id is not None or self.key is not None or bool(self.retry) or self.reserved is not None
 
     def conflict(self) -> Conflict:
         """What to say when the name belongs to another request."""
@@ -61,6 +71,8 @@ class Duplicates:
         job = replace(job, fingerprint=digest(job.principal, identity.fingerprint))
         if identity.named:  # a name that seems free may be about to be written again
             await self._store.presence.recovered()
+        if identity.reserved is not None:
+            return self._meet(job, identity, identity.reserved)
         if identity.job_id is not None:
             return replace(job, id=own_id(job.principal, identity.job_id))
         if identity.key is not None:
@@ -73,6 +85,24 @@ class Duplicates:
             self._store.repeats.note(name, job.id, self._window_s)
             return job
         return replace(job, id=await self._retried(name, job.id))
+
+    async def find(self, identity: Identity, principal: str) -> JobState | None:
+        """The job that the request became when it came before."""
+        job_id = own_id(principal, identity.job_id) if identity.job_id is not None else None
+        if job_id is None and identity.key is not None:
+            job_id = await self._store.repeats.find(digest("key", principal, identity.key))
+        elif job_id is None and identity.retry:
+            job_id = await self._store.repeats.find(digest("retry", digest(principal, identity.fingerprint)))
+        state = await self._store.jobs.find(job_id) if job_id is not None else None
+        if state is not None and identity.job_id is None and identity.key is None and state.status in _VOID:
+            return None
+        return state
+
+    def _meet(self, job: Job, identity: Identity, reserved: Reserved) -> Job:
+        if identity.retry == 0 and self._window_s:
+            self._store.repeats.note(digest("retry", job.fingerprint or ""), reserved.job_id, self._window_s)
+        job = replace(job, id=reserved.job_id)
+        return job if reserved.meeting is None else replace(job, fingerprint=digest("equal", reserved.meeting))
 
     async def _retried(self, name: str, new_id: str) -> str:
         found = await self._store.repeats.point(name, new_id, self._window_s)

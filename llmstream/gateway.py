@@ -14,9 +14,19 @@ from typing import Any
 from msgspec.structs import replace
 
 from llmstream.access.access import Access, open_access
+from llmstream.cache import Cache
 from llmstream.config import Settings
 from llmstream.duplicates import Duplicates, Identity
-from llmstream.errors import BadRequest, Conflict, ModelNotFound, NotFound, Overloaded, ShuttingDown, StoreUnavailable
+from llmstream.errors import (
+    BadRequest,
+    Conflict,
+    ContextLengthExceeded,
+    ModelNotFound,
+    NotFound,
+    Overloaded,
+    ShuttingDown,
+    StoreUnavailable,
+)
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
 from llmstream.providers.tokens import Tokenizer
@@ -84,6 +94,9 @@ class Gateway:
         self._scheduler = scheduler
         self._clock = clock
         self._closing = False
+        self.sessions = store.sessions(settings.chat_history.ttl_seconds)
+        """The conversations on record."""
+        self.cache = Cache(store, settings.cache, settings.store.retention_s)
         self._duplicates = Duplicates(
             store, key_s=settings.store.retention_s, retry_window_s=settings.server.retry_window_s
         )
@@ -185,6 +198,18 @@ class Gateway:
     async def exhausted(self, state: JobState, after: EventId) -> bool:
         """True when the job is over and its log holds nothing behind ``after``."""
         return state.done and not await self._store.log.read(state.job.id, after, 1)
+
+    async def fits(self, request: GenerateRequest) -> bool:
+        """Whether prompt and answer have room in the model's context, where that is known."""
+        try:
+            await self._router.route(request).check(request)
+        except ContextLengthExceeded:
+            return False
+        return True
+
+    async def came_before(self, identity: Identity, principal: Principal) -> bool:
+        """Whether a request with this name is a job already."""
+        return await self._duplicates.find(identity, principal.id) is not None
 
     async def standing(self, state: JobState) -> Standing:
         """Position in the queue and the time until its turn comes."""

@@ -85,6 +85,40 @@ def test_the_more_specific_variable_wins(env: dict[str, str], port: int) -> None
     assert load(env=env).server.port == port
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "key", "meant"),
+    [
+        ("PORT", "8007", "server.port", 8007),
+        ("UVICORN_WORKERS", "4", "server.workers", 4),
+        ("CELERY_CONCURRENCY", "4", "scheduler.remote_slots", 4),
+        ("CELERY_LOGLEVEL", "info", "logging.level", "INFO"),
+        ("LLM_SYSTEM_PROMPT", "Be polite.", "question.system_prompt", "Be polite."),
+        ("LLM_TEMPERATURE", "0.7", "question.temperature", 0.7),
+        ("LLM_MAX_TOKENS", "1000", "question.max_tokens", 1000),
+        ("REQUEST_TIMEOUT", "30.0", "question.timeout_s", 30.0),
+        ("APP__HOST", "::1", "server.host", "::1"),
+        ("APP__PORT", "8001", "server.port", 8001),
+        ("MODEL__NAME", "google/gemma-2-2b-it", "model.name", "google/gemma-2-2b-it"),
+        ("MODEL__MAX_TOKENS", "256", "model.max_tokens", 256),
+        ("CACHE__ENABLED", "true", "cache.enabled", True),
+        ("CACHE__SIZE", "100", "cache.size", 100),
+        ("CACHE__TTL_SECONDS", "3600", "cache.ttl_seconds", 3600.0),
+        ("CHAT_HISTORY__TTL_SECONDS", "7200", "chat_history.ttl_seconds", 7200.0),
+    ],
+)
+def test_variables_of_older_systems(variable: str, value: str, key: str, meant: object) -> None:
+    """What older systems were configured with configures the same here, under the same name."""
+    section, name = key.split(".")
+    assert getattr(getattr(load(env={variable: value}), section), name) == meant
+
+
+@pytest.mark.parametrize("variable", ["MODEL__DEVICE", "MODEL__SOURCE"])
+def test_what_is_set_elsewhere_is_not_ignored(variable: str) -> None:
+    """What an older system set for its one model, and each model has of its own here, is refused by name."""
+    with pytest.raises(ConfigError, match=rf"{variable}: {variable.lower().replace('__', '.')}: unknown setting"):
+        load(env={variable: "cpu"})
+
+
 def test_variables_reach_named_sections(config: Path) -> None:
     """A variable makes a model or provider, or changes the one of the file whose name it spells."""
     config.write_text("models: {Qwen2.5-0.5B: {slots: 2}, tiny: }\n")

@@ -6,6 +6,7 @@ import msgspec
 from aiohttp import web
 
 from llmstream.api.access import PRINCIPAL, TOKEN, caller, needs
+from llmstream.api.asking import default_model
 from llmstream.api.body import read_json, validate
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
@@ -13,7 +14,7 @@ from llmstream.api.render import NativeFormat, job_body
 from llmstream.api.schemas import ChatBody, chat_request
 from llmstream.api.sse import Waiting, position, serve
 from llmstream.duplicates import Identity
-from llmstream.errors import BadRequest, NotFound
+from llmstream.errors import NotFound
 from llmstream.gateway import Gateway
 from llmstream.types import GenerateRequest, Job, JobState, new_id
 
@@ -67,8 +68,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
         restarts=schema.on_cut != "fail",
     )
     headers = {"x-job-id": job.id, "Location": stream_url(request, job, named=True)}
-    waiting = _waiting(gateway, JobState(job))
-    return await serve(request, follower, NativeFormat(), headers=headers, waiting=waiting)
+    return await serve(request, follower, NativeFormat(), headers=headers, waiting=standing(gateway, JobState(job)))
 
 
 @routes.get("/stream/{session_id}", name=STREAM, allow_head=False)
@@ -91,8 +91,8 @@ async def stream(request: web.Request) -> web.StreamResponse:
     headers = {"x-job-id": job_id}
     if await gateway.exhausted(state, after):
         return web.Response(status=204, headers=headers)
-    waiting = _waiting(gateway, state)
-    return await serve(request, gateway.read(state.job, after), NativeFormat(), headers=headers, waiting=waiting)
+    follower = gateway.read(state.job, after)
+    return await serve(request, follower, NativeFormat(), headers=headers, waiting=standing(gateway, state))
 
 
 @routes.get("/chat/{task_id}")
@@ -125,10 +125,7 @@ def stream_url(request: web.Request, job: Job, *, named: bool) -> str:
 async def _read(request: web.Request, gateway: Gateway) -> tuple[ChatBody, GenerateRequest, Identity | None]:
     body, raw = await read_json(request)
     schema = validate(ChatBody, body)
-    models = caller(request).models
-    if schema.model is None and not models:
-        raise BadRequest("No model is configured by name; say which one with 'model'.", param="model")
-    generate = chat_request(schema, raw, schema.model or models[0].name)
+    generate = chat_request(schema, raw, schema.model or default_model(request))
     return schema, generate, identity(request, schema.job_id, body)
 
 
@@ -140,19 +137,19 @@ def _limit(gateway: Gateway, schema: ChatBody) -> float | None:
 async def _status(gateway: Gateway, state: JobState) -> web.Response:
     body = job_body(state, await gateway.transcript(state.job.id))
     if state.status == "queued":
-        standing = await gateway.standing(state)
-        body["position"], body["eta_s"] = standing.ahead, standing.eta_s
+        place = await gateway.standing(state)
+        body["position"], body["eta_s"] = place.ahead, place.eta_s
     return web.json_response(body, headers={"x-job-id": state.job.id})
 
 
-def _waiting(gateway: Gateway, state: JobState) -> Waiting:
+def standing(gateway: Gateway, state: JobState) -> Waiting:
     """Makes ``queued`` frames. They carry no id: they are no part of the log."""
 
     async def frame() -> bytes:
-        standing = await gateway.standing(state)
-        if standing.ahead is None:
+        place = await gateway.standing(state)
+        if place.ahead is None:
             return b""
-        body = {"type": "queued", "position": standing.ahead, "eta_s": standing.eta_s}
+        body = {"type": "queued", "position": place.ahead, "eta_s": place.eta_s}
         return b"data: %s\n\n" % msgspec.json.encode(body)
 
     return frame

@@ -8,6 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from llmstream.api.access import needs, open_as
+from llmstream.api.asking import served_model
 from llmstream.api.keys import GATEWAY
 from llmstream.errors import StoreUnavailable
 from llmstream.store.lanes import Census
@@ -28,9 +29,8 @@ class _Totals:
 async def health(request: web.Request) -> web.Response:
     """Liveness: this process answers. Says nothing about what stands behind it."""
     gateway = request.app[GATEWAY]
-    models = [model.name for model in gateway.models]
     return web.json_response(
-        {"status": "healthy", "model_loaded": bool(models), "model_name": models[0] if models else None}
+        {"status": "healthy", "model_loaded": bool(gateway.models), "model_name": served_model(request)}
     )
 
 

@@ -19,7 +19,7 @@ routes = web.RouteTableDef()
 @needs("read")
 async def jobs(request: web.Request) -> web.Response:
     """The latest jobs, newest first, without their text."""
-    states = await caller(request).recent(_limit(request))
+    states = await caller(request).recent(limit_of(request))
     return web.json_response({"object": "list", "data": [_row(state) for state in states]})
 
 
@@ -27,7 +27,7 @@ async def jobs(request: web.Request) -> web.Response:
 @needs("read")
 async def dead(request: web.Request) -> web.Response:
     """Jobs that failed after all their attempts, latest first, each with the reason."""
-    states = await caller(request).dead(_limit(request))
+    states = await caller(request).dead(limit_of(request))
     rows = [{**_row(state), "error": error_body(state.failure)["error"] if state.failure else None} for state in states]
     return web.json_response({"object": "list", "data": rows})
 
@@ -51,7 +51,7 @@ async def requeue(request: web.Request) -> web.Response:
     )
 
 
-def _limit(request: web.Request) -> int:
+def limit_of(request: web.Request) -> int:
     try:
         limit = int(request.query.get("limit", "50"))
     except ValueError:

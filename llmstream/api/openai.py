@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 from urllib.parse import quote
 
 import msgspec
 from aiohttp import web
 
 from llmstream.api.access import PRINCIPAL, caller, needs
+from llmstream.api.asking import CACHED, Asked, reuse
 from llmstream.api.body import read_json, validate
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
-from llmstream.api.observing import note_upstream
-from llmstream.api.presence import Attended
-from llmstream.api.render import CANCELLED, ChatFormat, chat_completion, completion_id
+from llmstream.api.render import ChatFormat, chat_completion, completion_id
 from llmstream.api.schemas import ChatCompletionBody, openai_request
-from llmstream.api.sse import deliver, position, serve
-from llmstream.errors import BadRequest, ModelNotFound, NotFound, error_body
+from llmstream.api.sse import position, serve
+from llmstream.api.whole import failed, read_whole
+from llmstream.errors import BadRequest, ModelNotFound, NotFound
 from llmstream.gateway import Gateway
-from llmstream.store.entry import Entry
 from llmstream.store.follower import Follower
-from llmstream.transcript import Transcript
 from llmstream.types import BEGINNING, EventId, Job, ModelInfo
 
 COMPLETION = "chat-completion"
@@ -33,26 +32,36 @@ routes = web.RouteTableDef()
 @needs("generate")
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """Generates an answer: as a stream that can be resumed, or whole."""
+    return await answer(request, *await read_json(request))
+
+
+async def answer(request: web.Request, body: dict[str, Any], raw: bytes) -> web.StreamResponse:
+    """Answers a chat completion with this body, whose bytes go upstream."""
     gateway = request.app[GATEWAY]
-    body, raw = await read_json(request)
     schema = validate(ChatCompletionBody, body)
     disconnect = gateway.settings.disconnect
-    known = identity(request, schema.job_id, body)
-    job, follower = await gateway.start(
-        openai_request("chat", schema, body, raw),
-        principal=request.get(PRINCIPAL),
-        priority=schema.priority,
-        session_id=schema.session_id,
-        deadline_s=schema.deadline_s,
-        durability=schema.durability,
-        identity=known,
-        grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),
-        restarts=not schema.stream or (schema.on_cut or gateway.settings.retry.on_cut) == "restart",
+    generate, known = openai_request("chat", schema, body, raw), identity(request, schema.job_id, body)
+    there: Asked | None = None
+    if gateway.settings.cache.covers_all and schema.session_id is None:
+        there, known = await reuse(request, generate, known, schema.durability)
+    job, follower, cached = there or Asked(
+        *await gateway.start(
+            generate,
+            principal=request.get(PRINCIPAL),
+            priority=schema.priority,
+            session_id=schema.session_id,
+            deadline_s=schema.deadline_s,
+            durability=schema.durability,
+            identity=known,
+            grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),
+            restarts=not schema.stream or (schema.on_cut or gateway.settings.retry.on_cut) == "restart",
+        )
     )
-    headers, stream = _headers(request, job), schema.stream
-    begins_at = await _skip_to_restart(gateway, job, follower) if known is not None and known.named else None
+    headers, stream = {**_headers(request, job), **(CACHED if cached else {})}, schema.stream
+    old = cached or (known is not None and known.named)
+    begins_at = await _skip_to_restart(gateway, job, follower) if old else None
     wire = ChatFormat(job, include_usage=schema.include_usage, begins_at=begins_at)
-    del schema, body, raw  # a stream may be open for hours
+    del schema, body, raw, generate, there  # a stream may be open for hours
     if stream:
         del job
         return await serve(request, follower, wire, headers=headers)
@@ -101,39 +110,10 @@ async def get_model(request: web.Request) -> web.Response:
     raise ModelNotFound(f"The model {name!r} does not exist here; GET /v1/models lists what does.", param="model")
 
 
-class _Gathered:
-    """A log as one transcript."""
-
-    __slots__ = ("_transcript",)
-
-    def __init__(self, transcript: Transcript) -> None:
-        self._transcript = transcript
-
-    def put(self, entry: Entry) -> bool:
-        self._transcript.extend(entry.payloads, entry.last)
-        return True
-
-    def write(self, entries: list[Entry]) -> None:
-        for entry in entries:
-            self.put(entry)
-
-    async def drained(self) -> None:
-        """There is always room."""
-
-
 async def _whole(request: web.Request, job: Job, follower: Follower, headers: dict[str, str]) -> web.Response:
-    transcript = Transcript()
-    async with Attended(request, follower):
-        await deliver(follower, _Gathered(transcript))
-    note_upstream(request, follower)
-    finished = transcript.finished
-    failure = finished.failure if finished else None
-    if finished is not None and finished.status == "cancelled":
-        failure = CANCELLED
-    if failure is not None:
-        status = 409 if failure.code == "cancelled" else failure.status
-        # The job was accepted and has ended: trying the same again is the caller's decision, not their SDK's.
-        return web.json_response(error_body(failure), status=status, headers={**headers, "x-should-retry": "false"})
+    transcript = await read_whole(request, follower)
+    if (refusal := failed(transcript, headers)) is not None:
+        return refusal
     body = msgspec.json.encode(chat_completion(job, transcript))
     return web.Response(body=body, headers={**headers, "Content-Type": "application/json; charset=utf-8"})
 

@@ -35,7 +35,9 @@ _HUB_SOURCE = re.compile(r"(?P<owner>\w[\w.-]*)/(?P<repo>\w[\w.-]*)(?:/(?P<file>
 
 # Runs apart because a download inside huggingface_hub cannot be cancelled, and a process can.
 _HUB_FETCH = """\
-import sys
+import os, sys
+if token := os.environ.get("HUGGINGFACE_TOKEN"):
+    os.environ.setdefault("HF_TOKEN", token)
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from tqdm import tqdm
 
@@ -122,7 +124,8 @@ async def _pull_hub(repo: str, file: str, models: Path, report: Progress) -> Pat
         if failure is not None:
             raise ProviderError(
                 f"getting {file or 'the weights'} from {repo} on Hugging Face failed: {failure}. Check the name and "
-                "the network; private and gated repositories need HF_TOKEN; HF_ENDPOINT names a mirror"
+                "the network; private and gated repositories need HF_TOKEN or HUGGINGFACE_TOKEN; HF_ENDPOINT names a "
+                "mirror"
             )
         path = await asyncio.to_thread(_in_folder, folder, file)
         if path is None:

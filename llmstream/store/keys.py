@@ -6,6 +6,13 @@
 {prefix}:{s:SESSION}:jobs   zset    the jobs of a session by creation time; PRINCIPAL/SESSION where there are keys
 {prefix}:{u:PRINCIPAL}:jobs zset    the latest jobs of a principal by creation time, where there are keys
 {prefix}:{k:DIGEST}:job     string  what a request is known by when it comes again -> its job
+{prefix}:{s:OWNER/SESSION}:chat   hash  a conversation: its messages, the job that answers the last ones, and these
+{prefix}:{s:OWNER/SESSION}:turns  list  who is about to add to it, in order of arrival
+{prefix}:{s:OWNER/SESSION}:alive  zset  the same by the end of their lease
+{prefix}:{u:OWNER}:sessions       zset  the sessions of an owner by last use
+{prefix}:{c:OWNER}:entries  hash    name of a request -> the job that answers it | end of its life in microseconds
+{prefix}:{c:OWNER}:used     zset    the same names by last use
+{prefix}:{c:OWNER}:stats    hash    hits, misses, shared and evictions of these entries
 {prefix}:{q:POOL}:order     zset    waiting jobs by level and turn: the order of service inside a level
 {prefix}:{q:POOL}:ages      zset    the same jobs by level and time of arrival: how urgent a level is
 {prefix}:{q:POOL}:meta      hash    job -> level|arrival|principal|deadline|turn, while it waits or runs
@@ -97,6 +104,19 @@ class Keys:
 
     def repeat(self, digest: str) -> str:
         return f"{self._prefix}:{{k:{digest}}}:job"
+
+    def conversation(self, owner: str, session_id: str) -> tuple[str, str, str]:
+        """The conversation, its line and who is alive in it."""
+        tag = f"{self._prefix}:{{s:{quote(owner, safe='')}/{quote(session_id, safe='')}}}"
+        return f"{tag}:chat", f"{tag}:turns", f"{tag}:alive"
+
+    def sessions(self, owner: str) -> str:
+        return f"{self._prefix}:{{u:{quote(owner, safe='')}}}:sessions"
+
+    def cache(self, owner: str) -> tuple[str, str, str]:
+        """Entries, their last uses, statistics."""
+        tag = f"{self._prefix}:{{c:{quote(owner, safe='')}}}"
+        return f"{tag}:entries", f"{tag}:used", f"{tag}:stats"
 
     def queue(self, pool: str) -> tuple[str, ...]:
         """The keys of one pool's queue, in the order of ``QUEUE_PARTS``."""

@@ -53,6 +53,11 @@ class Repeats:
             self._recent.remember(point, len(key) + len(job_id))
         return held
 
+    async def find(self, name: str) -> str | None:
+        """What a name points to; None for a free one."""
+        held: bytes | None = await self._pipeline.call("GET", self._keys.repeat(name))
+        return held.decode() if held is not None else None
+
     def note(self, name: str, job_id: str, ttl_s: float) -> None:
         """Lets a name point to ``job_id`` from now on, whatever it meant before. Travels with the next batch."""
         command = ("SET", self._keys.repeat(name), job_id, "PX", _ms(ttl_s))

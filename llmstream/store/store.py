@@ -14,6 +14,7 @@ from llmstream.errors import BadRequest, ConfigError, LLMStreamError
 from llmstream.store.api_keys import ApiKeys
 from llmstream.store.breakers import Breakers, Policy
 from llmstream.store.budgets import Budgets
+from llmstream.store.cache import CacheIndex
 from llmstream.store.cluster import Cluster
 from llmstream.store.embedded import EmbeddedStore
 from llmstream.store.jobs import Jobs
@@ -29,6 +30,7 @@ from llmstream.store.readers import Readers
 from llmstream.store.recent import Recent
 from llmstream.store.repeats import Repeats
 from llmstream.store.servers import Servers, find_servers
+from llmstream.store.sessions import Sessions
 from llmstream.store.signals import Signals
 from llmstream.store.tail import BlockingTail, PollingTail, Tail
 from llmstream.types import Durability
@@ -78,6 +80,7 @@ class Store:
         self.owned = Owned(self.writes, self.keys, ttl_s=settings.unfinished_retention_s)
         self.api_keys = ApiKeys(self.writes, self._surest, self.keys)
         self.repeats = Repeats(self.writes, self.keys, self.recent)
+        self.cache = CacheIndex(self.writes, self.keys)
         self.log = Log(
             self.writes,
             self.synced,
@@ -124,6 +127,10 @@ class Store:
         breakers = Breakers(self.writes, self.keys, replica, policy, lease_s=lease_s)
         self.signals.on_breaker = breakers.look
         return breakers
+
+    def sessions(self, ttl_s: float) -> Sessions:
+        """Conversations, each kept for so long; never longer than the logs of the jobs that answered."""
+        return Sessions(self.writes, self.keys, self.recent, ttl_s=min(ttl_s, self._settings.retention_s))
 
     async def pools(self) -> list[str]:
         """Names of all pools that some replica has served within the retention time."""

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 MARK = "xylophone"
 """Stands in every answer of the victim's."""
+USER = {"role": "user", "content": MARK}
 STALLED = {"tokens": 9, "fault": "stall", "at": 3}
 CRASHED = {"tokens": 9, "fault": "crash", "at": 3}
 
@@ -38,11 +39,26 @@ WITH_AN_ID = {
     ("POST", "/chat/{task_id}/cancel"),
     ("DELETE", "/chat/{task_id}"),
     ("POST", "/jobs/{task_id}/requeue"),
+    ("GET", "/sessions/{session_id}"),
+    ("DELETE", "/sessions/{session_id}"),
 }
 """Leads to one job: attacked with every id and every query."""
-SUBMITTING = {("POST", "/v1/chat/completions"), ("POST", "/chat"), ("POST", "/chat/async")}
+SUBMITTING = {
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/chat/stream"),
+    ("POST", "/v1/chat"),
+    ("POST", "/chat"),
+    ("POST", "/chat/async"),
+}
 """Could lead to another's job by what a request is known by."""
-LISTING = {("GET", "/jobs"), ("GET", "/jobs/dead"), ("GET", "/stats")}
+ASKING = {
+    ("POST", "/generate"): {"content": MARK},
+    ("POST", "/chat_completion"): {"messages": [{"role": "user", "content": MARK}]},
+    ("POST", "/question"): {"text": MARK},
+    ("POST", "/v1/generate"): {"prompt": MARK},
+}
+"""The same, without sessions and with bodies of their own."""
+LISTING = {("GET", "/jobs"), ("GET", "/jobs/dead"), ("GET", "/stats"), ("GET", "/sessions"), ("GET", "/status")}
 """Could name another's jobs."""
 HARMLESS = {
     ("GET", "/v1/models"),
@@ -50,6 +66,7 @@ HARMLESS = {
     ("GET", "/health"),
     ("GET", "/ready"),
     ("GET", "/health/full"),
+    ("GET", "/v1/health"),
     ("GET", "/metrics"),
 }
 """Knows no jobs."""
@@ -97,6 +114,8 @@ async def victim(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Vict
             own_name=await submit(http, message=MARK, job_id="order-17"),
             keyed=await _with_key(http, message=MARK, session_id="demo2"),
         )
+        async with http.post("/v1/chat", json={"session_id": "demo", "messages": [USER]}) as response:
+            assert response.status == 200, await response.text()
         for job in (made.done, made.failed, made.own_name, made.keyed):
             await finished(server, job["task_id"])
 
@@ -130,7 +149,7 @@ def keyed_settings_anywhere() -> Any:
 
 async def test_every_route_has_a_decision() -> None:
     """Each route is in one of this file's tables, and its handler says who may call it."""
-    assert routes() == WITH_AN_ID | SUBMITTING | LISTING | HARMLESS
+    assert routes() == WITH_AN_ID | SUBMITTING | set(ASKING) | LISTING | HARMLESS
     app: web.Application = create_app(keyed_settings_anywhere())
     undecided = [route for route in app.router.routes() if route.handler not in RULES]
     assert undecided == []
@@ -241,6 +260,51 @@ async def test_a_session_is_its_principals(victim: Victim, durability: str) -> N
     for name in ("alice", "bob"):
         async with client(victim.server, secret(name)) as http, http.get(f"/stream/{session}") as response:
             assert response.headers["x-job-id"] == made[name]
+
+
+@pytest.mark.parametrize(("route", "body"), ASKING.items(), ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("known_by", ["job_id", "key", "cache"])
+async def test_no_equal_request_leads_to_the_job(
+    victim: Victim, route: tuple[str, str], body: Json, known_by: str
+) -> None:
+    """Whoever asks what another principal asked, under whatever name, gets an answer of its own."""
+    made: dict[str, list[tuple[str, str | None]]] = {}
+    own = f"own{route[1].replace('/', '-')}"
+    asked = {**body, "job_id": own} if known_by == "job_id" else body
+    headers = {"Idempotency-Key": own} if known_by == "key" else {}
+    for name in ("alice", "bob", "bob"):
+        async with (
+            client(victim.server, secret(name)) as http,
+            http.post(route[1], json=asked, headers=headers) as response,
+        ):
+            assert response.status == 200, await response.text()
+            made.setdefault(name, []).append((response.headers["x-job-id"], response.headers.get("X-Cache")))
+    assert made["alice"][0][0] != made["bob"][0][0]
+    assert made["bob"][0][1] is None
+    assert (await victim.server.gateway.job(made["bob"][0][0])).job.principal == "bob"
+    if known_by != "cache" or route[1] == "/v1/generate":
+        assert made["bob"][0][0] == made["bob"][1][0]
+
+
+async def test_a_conversation_is_its_principals(victim: Victim) -> None:
+    """Nobody else's message goes into a conversation, and nothing of it comes out."""
+    told = {"session_id": "talk", "messages": [USER]}
+    async with client(victim.server, secret("alice")) as http, http.post("/v1/chat", json=told) as response:
+        assert response.status == 200
+    async with client(victim.server, secret("bob")) as http:
+        for url in ("/sessions/talk", "/sessions/alice%2Ftalk"):
+            async with http.get(url) as response:
+                assert (response.status, MARK in await response.text()) == (404, False)
+            async with http.delete(url) as response:
+                assert response.status == 404
+        body = {"session_id": "talk", "messages": [{"role": "user", "content": "what did we say?"}]}
+        async with http.post("/v1/chat", json=body) as response:
+            job_id = response.headers["x-job-id"]
+        assert MARK not in str((await victim.server.gateway.job(job_id)).job.request.messages)
+        async with http.delete("/sessions/talk") as response:
+            assert response.status == 200
+    async with client(victim.server, secret("alice")) as http, http.get("/sessions/talk") as response:
+        assert [message["content"] for message in (await response.json())["messages"]] == [MARK, MARK]
 
 
 @pytest.mark.parametrize(("method", "path"), sorted(LISTING))

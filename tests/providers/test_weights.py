@@ -383,6 +383,13 @@ async def test_a_hub_file_is_fetched_once_with_the_token(hub: str, suffix: str, 
     assert seen[-1] == len(PAYLOAD)
 
 
+async def test_the_hubs_token_has_an_older_name(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HUGGINGFACE_TOKEN does what HF_TOKEN does."""
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_secret")
+    assert (await within(pull(f"{hub}/q/tiny.gguf", tmp_path))).read_bytes() == PAYLOAD
+
+
 async def test_a_hub_that_refuses_is_explained(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A repository that wants another token is an error that mentions HF_TOKEN."""
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")

@@ -34,6 +34,13 @@ def test_limits_and_breakers_live_in_one_slot(target: str, other: str) -> None:
     assert key_slot(KEYS.bucket(target, "requests").encode()) == key_slot(KEYS.bucket(target, "tokens").encode())
 
 
+@given(owner=names)
+def test_a_cache_and_a_conversation_live_in_one_slot(owner: str) -> None:
+    """The keys of an owner's cache share a hash slot, and so do those of a session."""
+    assert len({key_slot(key.encode()) for key in KEYS.cache(owner)}) == 1
+    assert len({key_slot(key.encode()) for key in KEYS.conversation("p", owner)}) == 1
+
+
 @given(one=names, other=names)
 def test_names_do_not_collide(one: str, other: str) -> None:
     """Different pools and sessions never share a key."""
@@ -43,6 +50,9 @@ def test_names_do_not_collide(one: str, other: str) -> None:
         assert not set(KEYS.budget(one)) & set(KEYS.budget(other))
         assert KEYS.breakers(one) != KEYS.breakers(other)
         assert KEYS.bucket(one, "requests") != KEYS.bucket(other, "requests")
+
+        assert not set(KEYS.cache(one)) & set(KEYS.cache(other))
+        assert not set(KEYS.conversation(one, other)) & set(KEYS.conversation(other, one))
 
 
 @pytest.mark.parametrize("part", QUEUE_PARTS)

@@ -1,0 +1,100 @@
+"""What clients of the routes beside OpenAI's may send."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, field_validator
+
+from llmstream.api.schemas import EXTENSIONS, JobId, Message, Number, Priority, SessionId, Tokens
+from llmstream.config import OnDisconnect
+from llmstream.config_routes import Multitask
+from llmstream.types import Durability
+
+Temperature = Annotated[Number, Field(ge=0, le=2)]
+ModelName = Annotated[StrictStr, Field(min_length=1, max_length=256)]
+Prompt = Annotated[StrictStr, Field(min_length=1)]
+
+
+class JobFields(BaseModel):
+    """What can be said about the job of any request."""
+
+    model_config = ConfigDict(extra="allow")
+
+    provider: StrictStr | None = None
+    priority: Priority = 0
+    deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None
+    job_id: JobId | None = None
+    on_disconnect: OnDisconnect | None = None
+    durability: Durability | None = None
+
+    def further(self) -> dict[str, Any]:
+        """Members that we do not know: they travel on."""
+        return {name: value for name, value in (self.model_extra or {}).items() if name not in EXTENSIONS}
+
+
+class Meta(BaseModel):
+    """How an LLM core is to generate."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    temperature: Temperature = 0.2
+    tokens_limit: Tokens = 8096
+    stop_words: list[StrictStr] = []
+    model: ModelName | None = None
+
+
+class CoreBody(JobFields):
+    """What both routes of an LLM core have in common."""
+
+    meta: Meta = Meta()
+
+
+class CoreGenerateBody(CoreBody):
+    """``POST /generate``"""
+
+    content: Prompt
+
+
+class CoreChatBody(CoreBody):
+    """``POST /chat_completion``"""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+
+
+class QuestionBody(JobFields):
+    """``POST /question``"""
+
+    text: StrictStr
+
+    @field_validator("text")
+    @classmethod
+    def _says_something(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("the question is empty")
+        return text
+
+
+class ServiceBody(JobFields):
+    """What both routes of a model service have in common."""
+
+    model: ModelName | None = None
+    max_tokens: Tokens | None = None
+    temperature: Temperature | None = None
+
+
+class PromptBody(ServiceBody):
+    """``POST /v1/generate``"""
+
+    prompt: Prompt
+
+
+class ServiceChatBody(ServiceBody):
+    """``POST /v1/chat``"""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    stream: StrictBool = False
+    session_id: SessionId | None = None
+    """The conversation that the messages belong to: what was said before is added."""
+    multitask: Multitask | None = None
+    """What to do while another message of the session is being answered."""
