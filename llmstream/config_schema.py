@@ -165,7 +165,7 @@ def plain(value: Any) -> Any:
         return {name: plain(inner) for name, inner in value.items()}
     if isinstance(value, SecretStr):
         secret = value.get_secret_value()
-        return mask_url(secret) if re.match(r"(rediss?|unix)://", secret) else MASK
+        return mask_url(secret) if re.match(r"(rediss?|unix|amqps?)://", secret) else MASK
     if isinstance(value, Path):
         return str(value)
     return mask_url(value) if isinstance(value, str) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -28,12 +29,15 @@ from llmstream.store.rate_limits import RateLimits
 from llmstream.store.readers import Readers
 from llmstream.store.recent import Recent
 from llmstream.store.repeats import Repeats
+from llmstream.store.results import Results
 from llmstream.store.servers import Servers, find_servers
 from llmstream.store.signals import Signals
 from llmstream.store.tail import BlockingTail, PollingTail, Tail
 from llmstream.types import Durability
 
 OLDEST_REDIS = (7, 0)
+
+logger = logging.getLogger(__name__)
 
 
 class Store:
@@ -125,6 +129,14 @@ class Store:
         self.signals.on_breaker = breakers.look
         return breakers
 
+    def results(self, prefix: str) -> Results:
+        """Where those who post orders to a queue look for the answers."""
+        return Results(self.writes, prefix, self._settings.retention_s)
+
+    def announce_over(self, job_id: str) -> None:
+        """Tells all replicas that a job is over, with the next batch."""
+        self.writes.defer(("PUBLISH", self.keys.over, job_id), _announced)
+
     async def pools(self) -> list[str]:
         """Names of all pools that some replica has served within the retention time."""
         names = await self.writes.call("ZRANGE", self.keys.pools, 0, -1)
@@ -184,6 +196,11 @@ class Store:
             "embedded": self.embedded is not None,
             "latency_ms": round(seconds * 1000, 3),
         }
+
+
+def _announced(_reply: Any, error: Exception | None) -> None:
+    if error is not None:
+        logger.debug("a job's end is found out by looking: %s", error)
 
 
 @asynccontextmanager
