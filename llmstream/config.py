@@ -14,6 +14,7 @@ import yaml
 from msgspec.structs import replace
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from llmstream.config_broker import BrokerSettings
 from llmstream.config_routes import CacheSettings, ChatHistorySettings, ModelDefaults, QuestionSettings
 from llmstream.config_schema import Section, Setting, comma_separated, plain, schema_of
 from llmstream.config_security import KEY_NAME_PATTERN, KEY_NAME_RULE, KeySettings, SecuritySettings
@@ -73,6 +74,10 @@ class StoreSettings(Section):
     url: SecretStr | None = None
     """Redis 7+/Valkey 8+ URL, also of cluster nodes; without one an embedded Valkey runs in ``data_dir``. ``REDIS_URL``
     sets it too."""
+    host: str | None = None
+    """Where Redis listens, for ``store.url`` to be made of; ``REDIS_HOST`` sets it too."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 6379
+    """Port beside ``store.host``; ``REDIS_PORT`` sets it too."""
     prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = "llmstream"
     """Starts the name of every key."""
     timeout_s: Annotated[float, Field(gt=0)] = 5.0
@@ -94,6 +99,14 @@ class StoreSettings(Section):
     """How long a finished memory job can be read."""
     sync: Literal["everysec", "always"] = "everysec"
     """When the embedded Valkey's log of changes reaches the disk."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_host_and_port(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("url") is not None or not given.get("host"):
+            return given
+        host = f"[{given['host']}]" if ":" in str(given["host"]) else given["host"]
+        return {**given, "url": f"redis://{host}:{given.get('port', 6379)}/0"}
 
     @field_validator("url")
     @classmethod
@@ -356,6 +369,7 @@ class Settings(Section):
     """Where weights and the embedded store live."""
     server: ServerSettings = ServerSettings()
     store: StoreSettings = StoreSettings()
+    broker: BrokerSettings = BrokerSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
     retry: RetrySettings = RetrySettings()
@@ -440,6 +454,11 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             f"deadlines.total_s = {total:g}; keep them longer"
         )
     yield from _wrong_routes(settings)
+    if settings.broker.kind == "rabbitmq" and settings.broker.result_prefix == settings.store.prefix:
+        yield (
+            f"broker.result_prefix = {settings.broker.result_prefix!r}: results would get into the way of "
+            "store.prefix, which is the same; choose another"
+        )
     if "remote" in settings.models:
         yield "models.remote: this name stands for the pool of all remote providers; choose another"
     for name in sorted(settings.models.keys() & settings.providers.keys()):

@@ -169,7 +169,7 @@ def plain(value: Any) -> Any:
         return {name: plain(inner) for name, inner in value.items()}
     if isinstance(value, SecretStr):
         secret = value.get_secret_value()
-        return mask_url(secret) if re.match(r"(rediss?|unix)://", secret) else MASK
+        return mask_url(secret) if re.match(r"(rediss?|unix|amqps?)://", secret) else MASK
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
     if isinstance(value, Path):

@@ -20,6 +20,8 @@ CLIENT_VARIABLE = "LLMSTREAM_API_KEY"
 """What our own commands show to a server; no setting."""
 ALIASES: Mapping[str, Key] = {
     "REDIS_URL": ("store", "url"),
+    "REDIS_HOST": ("store", "host"),
+    "REDIS_PORT": ("store", "port"),
     "PORT": ("server", "port"),
     "API_KEYS": ("security", "api_key"),
     "LLM_SYSTEM_PROMPT": ("question", "system_prompt"),
@@ -31,7 +33,17 @@ ALIASES: Mapping[str, Key] = {
     "CELERY_LOGLEVEL": ("logging", "level"),
     "APP__HOST": ("server", "host"),
     "APP__PORT": ("server", "port"),
+    "BROKER": ("broker", "kind"),
+    "RABBITMQ_URL": ("broker", "url"),
+    "RABBIT_MQ_HOST": ("broker", "host"),
+    "RABBIT_MQ_PORT": ("broker", "port"),
+    "RABBIT_MQ_LOGIN": ("broker", "login"),
+    "RABBIT_MQ_PASSWORD": ("broker", "password"),
+    "QUEUE_NAME": ("broker", "queue"),
+    "REDIS_PREFIX": ("broker", "result_prefix"),
 }
+KUBERNETES = frozenset({"PORT", "REDIS_PORT", "RABBIT_MQ_PORT"})
+"""Set by it to ``tcp://…`` in every pod beside Services named llmstream, redis and rabbit-mq."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -147,8 +159,8 @@ def from_environment(schema: Schema, env: Mapping[str, str], known: Iterable[Key
         if key is None:
             if bare != variable and (near := _near(schema, bare)):
                 problems.append(f"{variable}: unknown variable; did you mean {PREFIX}{near}?")
-        elif bare in ALIASES and bare != variable and "://" in value and bare == "PORT":
-            continue  # Kubernetes sets LLMSTREAM_PORT=tcp://… in every pod beside a Service named llmstream
+        elif bare in KUBERNETES and "://" in value and (bare != variable or bare != "PORT"):
+            continue
         elif not schema.find(key):
             problems.append(f"{variable}: {schema.unknown(key)}")
         else:

@@ -13,6 +13,7 @@
     ├── Overloaded            429  the queue is full; retry after a while
     ├── StoreUnavailable      503  Redis cannot be reached or refuses writes
     │   └── StoreError             the store answered something unexpected
+    ├── BrokerUnavailable     503  RabbitMQ cannot be reached or does not confirm
     ├── ShuttingDown          503  this replica takes no new work
     ├── ProviderError         502  the model's side failed
     │   ├── EngineCrashed     502  the engine's process ended; retryable
@@ -133,6 +134,10 @@ class StoreUnavailable(LLMStreamError):
 
 class StoreError(StoreUnavailable):
     code = "store_error"
+
+
+class BrokerUnavailable(LLMStreamError):
+    status, type, code, retryable = 503, "service_unavailable", "broker_unavailable", True
 
 
 class ShuttingDown(LLMStreamError):

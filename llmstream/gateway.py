@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
@@ -19,6 +19,8 @@ from llmstream.config import Settings
 from llmstream.duplicates import Duplicates, Identity
 from llmstream.errors import (
     BadRequest,
+    BrokerUnavailable,
+    ConfigError,
     Conflict,
     ContextLengthExceeded,
     ModelNotFound,
@@ -38,6 +40,7 @@ from llmstream.scheduler.gauges import watch_pools
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.budgets import Spent
 from llmstream.store.follower import Follower
+from llmstream.store.jobs import Created
 from llmstream.store.lanes import Census, Lanes, Standing
 from llmstream.store.memory import in_memory
 from llmstream.store.owned import OWNED_JOBS
@@ -64,6 +67,9 @@ from llmstream.types import (
     new_id,
     own_id,
 )
+
+if TYPE_CHECKING:
+    from llmstream.broker.inbox import Inbox
 
 DEFAULT_RETRY_AFTER_S = 1.0
 STORE_RETRY_AFTER_S = 1.0
@@ -97,6 +103,8 @@ class Gateway:
         self.sessions = store.sessions(settings.chat_history.ttl_seconds)
         """The conversations on record."""
         self.cache = Cache(store, settings.cache, settings.store.retention_s)
+        self.inbox: Inbox | None = None
+        """The way through RabbitMQ, where that is configured."""
         self._duplicates = Duplicates(
             store, key_s=settings.store.retention_s, retry_window_s=settings.server.retry_window_s
         )
@@ -226,6 +234,8 @@ class Gateway:
         if not in_memory(job_id):
             # Also when it had ended before: the answer to an earlier call may have been lost half-way.
             await self._lanes(state.job.pool).remove(job_id)
+            if self._posting is not None:
+                self._posting.over(job_id)
         return state
 
     async def requeue(self, job_id: str, principal: Principal | None = None) -> Job:
@@ -320,22 +330,25 @@ class Gateway:
         """Why new work should go to another replica; None when this one takes it."""
         if self._closing:
             return "This replica is shutting down."
-        trouble = self._store.presence.trouble
-        return trouble.message if trouble is not None else None
+        trouble = self._store.presence.trouble or (self._posting and self._posting.broker.trouble)
+        return trouble.message if trouble else None
 
     async def health(self) -> dict[str, Any]:
         """Everything behind this replica, with the time each look took; never raises."""
         parts: dict[str, Any] = {"store": await _timed(self._store.health())}
+        if self.inbox is not None:
+            parts["broker"] = self.inbox.health()
         parts["providers"] = {provider.name: await _timed(provider.health()) for provider in self.providers}
-        healthy = parts["store"]["status"] == "ok" and all(
-            part["status"] == "ok" for part in parts["providers"].values()
-        )
+        looked_at = [parts["store"], parts.get("broker", parts["store"]), *parts["providers"].values()]
+        healthy = all(part["status"] == "ok" for part in looked_at)
         return {"status": "ok" if healthy else "degraded", "replica": self.replica, **parts}
 
     async def close(self) -> None:
         """Accepts no new job, lets running ones end within the grace time or hands them over; safe to call twice."""
         if not self._closing:
             self._closing = True
+            if self.inbox is not None:
+                await self.inbox.broker.stop_taking()
             await self._scheduler.close(self.settings.server.shutdown_grace_s)
 
     async def _admit(
@@ -354,6 +367,8 @@ class Gateway:
         durability = durability or self.settings.store.durability
         if self._store.presence.trouble is not None and durability != "memory":
             raise StoreUnavailable(self._store.presence.trouble.message, retry_after=STORE_RETRY_AFTER_S)
+        if self._posting is not None and self._posting.broker.trouble is not None and durability != "memory":
+            raise self._posting.broker.trouble
         _refuse_long_prompt(request, self.settings.security.max_prompt_chars)
         if not principal.may_use(request.model):
             raise ModelNotFound(
@@ -408,11 +423,14 @@ class Gateway:
             seat.bind(job, lanes, counted=True)
         unread_s = None if job.grace_s is None else seat.lease.seconds if seat else first_s
         if created.status not in TERMINAL:
-            # One that runs may have lost its place: the store forgot it, and its replica is gone since.
-            wake, again = not self._scheduler.takes(job.pool), created.status != "queued"
-            if not await lanes.push(job, unread_s, wake=wake, again=again):
-                await self._store.jobs.discard(job.id)
-                raise await self._overloaded(lanes)
+            if self._posting is not None:
+                await self._post(job, lanes, named=identity is not None and identity.named)
+            else:
+                # One that runs may have lost its place: the store forgot it, and its replica is gone since.
+                wake, again = not self._scheduler.takes(job.pool), created.status != "queued"
+                if not await lanes.push(job, unread_s, wake=wake, again=again):
+                    await self._store.jobs.discard(job.id)
+                    raise await self._overloaded(lanes)
             if job.session_id is not None:
                 await self._store.jobs.join_session(job.session_id, job)
         self._store.recent.remember(lambda: self._enqueue_again(job, expected, unread_s), created.size)
@@ -421,21 +439,59 @@ class Gateway:
             self.observer.accepted(job)
         return job
 
-    async def _enqueue_again(self, job: Job, expected: Lease, unread_s: float | None) -> None:
+    async def _enqueue_again(self, job: Job, expected: Lease, unread_s: float | None) -> Created | None:
         """For a store that may have forgotten an accepted job. One that it knows stays as it is."""
         created = await self._store.jobs.create(job, expected)
         if created is None:
-            return
+            return None
         if self.access is not None:
             self._store.owned.note(job)
         if job.session_id is not None:  # also when its end was written again before
             await self._store.jobs.join_session(job.session_id, job)
         if created.status not in TERMINAL:
-            await self._lanes(job.pool).push(job, unread_s, again=True)
+            await self._lanes(job.pool).push(job, unread_s, wake=not self._scheduler.takes(job.pool), again=True)
+        return created
 
-    async def _overloaded(self, lanes: Lanes) -> Overloaded:
+    @property
+    def _posting(self) -> Inbox | None:
+        """RabbitMQ, where all jobs go through it."""
+        return self.inbox if self.inbox is not None and self.inbox.carries_jobs else None
+
+    async def _post(self, job: Job, lanes: Lanes, *, named: bool) -> None:
+        """Posts a job on record to RabbitMQ; after an error it is not run under a name nobody knows."""
+        inbox = self._posting
+        assert inbox is not None
+        try:
+            if inbox.ready >= self.settings.scheduler.max_waiting:
+                raise await self._overloaded(lanes, inbox.ready)
+            await inbox.post(job)
+        except BrokerUnavailable:
+            if named:
+                await self._store.jobs.discard(job.id)
+            else:  # the message may be there, although nobody confirmed it
+                await self.cancel(job.id)
+            raise
+        except Overloaded:
+            await self._store.jobs.discard(job.id)
+            raise
+
+    async def _admit_order(self, request: GenerateRequest, priority: int) -> Job:
+        """What somebody posted to RabbitMQ: never a memory job, as others have to find it."""
+        await self._store.presence.recovered()
+        durability: Durability = "fsync" if self.settings.store.durability == "fsync" else "full"
+        return await self._admit(request, Principal(), priority, None, None, durability, None, True)
+
+    async def _take_job(self, job: Job) -> Created | None:
+        """Puts a job from RabbitMQ on record and in line, whichever of both is still to be done."""
+        first_s = max(self.settings.disconnect.grace_s, job.grace_s or 0.0)
+        expected = Lease(NOBODY, first_s - (job.grace_s or 0.0))
+        created = await self._enqueue_again(job, expected, None if job.grace_s is None else first_s)
+        self._scheduler.kick(job.pool)
+        return created
+
+    async def _overloaded(self, lanes: Lanes, elsewhere: int = 0) -> Overloaded:
         census = await lanes.census()
-        waiting, slots = sum(census.waiting.values()), sum(census.slots.values())
+        waiting, slots = sum(census.waiting.values()) + elsewhere, sum(census.slots.values())
         known = census.service_s is not None and slots > 0
         # A place is free as soon as one waiting job is claimed: one service time over all slots.
         wait = max(census.service_s / slots, 0.05) if known and census.service_s else DEFAULT_RETRY_AFTER_S
@@ -503,7 +559,28 @@ async def open_gateway(
         await scheduler.open()
         access = await open_access(settings, store, clock)
         gateway = Gateway(settings, store, router, scheduler, clock, observer, access)
+        if settings.broker.kind == "rabbitmq":
+            gateway.inbox = await stack.enter_async_context(_open_inbox(gateway, store, scheduler))
         try:
             yield gateway
+        finally:
+            await gateway.close()
+
+
+@asynccontextmanager
+async def _open_inbox(gateway: Gateway, store: Store, scheduler: Scheduler) -> AsyncIterator[Inbox]:
+    try:
+        from llmstream.broker.inbox import Door, open_inbox
+    except ImportError as error:
+        raise ConfigError(
+            "broker.kind = 'rabbitmq' (BROKER) needs aio-pika; install it: pip install 'llmstream[rabbitmq]'"
+        ) from error
+    slots = sum(pool.slots for pool in scheduler.pools.values())
+    door = Door(gateway.models, gateway._admit_order, gateway._take_job, gateway.observer.accepted)
+    async with open_inbox(gateway.settings.broker, store, door, slots=slots) as inbox:
+        if inbox.carries_jobs:
+            scheduler.on_over = inbox.over
+        try:
+            yield inbox
         finally:
             await gateway.close()

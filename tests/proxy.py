@@ -123,7 +123,7 @@ class Proxy:
             writer.transport.abort()
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        upstream, server = await asyncio.open_unix_connection(self._target)
+        upstream, server = await self._reach()
         link = Link(writer, server)
         self._links.add(link)
         pumps = [asyncio.create_task(pump) for pump in (self._ask(link, reader), self._answer(link, upstream))]
@@ -135,6 +135,9 @@ class Proxy:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _reach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_unix_connection(self._target)
 
     async def _ask(self, link: Link, client: asyncio.StreamReader) -> None:
         while data := await client.read(1 << 18):

@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
 
+from llmstream.broker.rabbitmq import url_of
 from llmstream.config import (
     DeadlineSettings,
     LoggingSettings,
@@ -140,6 +141,45 @@ def test_variables_reach_named_sections(config: Path) -> None:
     assert settings.providers["openai"].models == ["gpt-a", "gpt-b"]
     assert settings.store.url == SecretStr("redis://localhost/1")
     assert settings.data_dir == Path("/data")
+
+
+def test_variables_of_a_queue_in_front_of_a_core() -> None:
+    """The names such systems use reach the broker and the store; a URL goes before its parts."""
+    env = {
+        "BROKER": "rabbitmq",
+        "RABBIT_MQ_HOST": "mq",
+        "RABBIT_MQ_PORT": "5673",
+        "RABBIT_MQ_LOGIN": "admin",
+        "RABBIT_MQ_PASSWORD": "p@ss",
+        "QUEUE_NAME": "llm-api-queue",
+        "REDIS_HOST": "cache",
+        "REDIS_PORT": "6380",
+        "REDIS_PREFIX": "mine",
+    }
+    settings = load(env=env)
+    assert url_of(settings.broker) == "amqp://admin:p%40ss@mq:5673/"
+    assert (settings.broker.kind, settings.broker.queue, settings.broker.result_prefix) == (
+        "rabbitmq",
+        "llm-api-queue",
+        "mine",
+    )
+    assert settings.store.url == SecretStr("redis://cache:6380/0")
+    assert load(env={**env, "REDIS_URL": "redis://other:1/2"}).store.url == SecretStr("redis://other:1/2")
+    assert url_of(load(env={**env, "RABBITMQ_URL": "amqps://a:b@c/v"}).broker) == "amqps://a:b@c/v"
+    shown = print_config(load(env={**env, "RABBITMQ_URL": "amqps://a:hidden@c/v"}))
+    assert "p@ss" not in shown
+    assert "hidden" not in shown
+    assert load(env={"REDIS_PORT": "tcp://10.0.0.1:6379", "RABBIT_MQ_PORT": "tcp://10.0.0.1:5672"}) == Settings()
+
+
+@pytest.mark.parametrize("url", ["http://localhost", "amqp://", "localhost:5672"])
+def test_other_brokers_are_refused(url: str) -> None:
+    """What is no AMQP URL is refused without showing it, and so is a prefix that would mix results with our keys."""
+    with pytest.raises(ConfigError, match="amqp://") as caught:
+        load(env={"RABBITMQ_URL": f"{url}?password=hidden"})
+    assert "hidden" not in str(caught.value)
+    with pytest.raises(ConfigError, match="result_prefix"):
+        load(env={"BROKER": "rabbitmq", "REDIS_PREFIX": "llmstream"})
 
 
 def test_flags_reach_names_with_dots() -> None:

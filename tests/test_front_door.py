@@ -7,7 +7,7 @@ import sys
 
 import llmstream
 
-HEAVY = ("aiohttp", "redis", "openai", "pydantic", "uvloop", "xllamacpp", "ctransformers", "rich")
+HEAVY = ("aiohttp", "redis", "openai", "pydantic", "uvloop", "xllamacpp", "ctransformers", "rich", "aio_pika")
 
 
 def test_every_public_name_is_there() -> None:
@@ -33,3 +33,12 @@ def test_importing_loads_and_starts_nothing() -> None:
     lines = "\n".join(line.strip() for line in script.splitlines())
     ran = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def test_rabbitmq_is_loaded_only_where_it_is_used() -> None:
+    """A server that does without RabbitMQ imports nothing of it."""
+    script = (
+        "import sys, llmstream.server, llmstream.cli\nassert not {'aio_pika', 'llmstream.broker'} & sys.modules.keys()"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")

@@ -76,6 +76,7 @@ async def ask(
             durability=fields.durability,
             identity=known,
             grace_s=gateway.settings.disconnect.limit(fields.on_disconnect or on_disconnect),
+            restarts=fields.on_cut != "fail",
         )
         return Asked(job, follower)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, field_validator
 
 from llmstream.api.schemas import EXTENSIONS, JobId, Message, Number, Priority, SessionId, Tokens
-from llmstream.config import OnDisconnect
+from llmstream.config import OnCut, OnDisconnect
 from llmstream.config_routes import Multitask
 from llmstream.types import Durability
 
@@ -26,6 +26,7 @@ class JobFields(BaseModel):
     deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None
     job_id: JobId | None = None
     on_disconnect: OnDisconnect | None = None
+    on_cut: OnCut | None = None
     durability: Durability | None = None
 
     def further(self) -> dict[str, Any]:

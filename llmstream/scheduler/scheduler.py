@@ -132,6 +132,8 @@ class Scheduler:
         self._tasks: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._closing = False
+        self.on_over: Callable[[str], None] | None = None
+        """Gets the id of a logged job that has just ended here."""
         self.audience = Audience(store, replica, clock=clock, stop_job=self.stop_job)
         self.pools: dict[str, Pool] = {}
         for name, most in router.pools.items():
@@ -401,6 +403,8 @@ class Scheduler:
         else:
             settling = pool.lanes.settle(worker.job_id, self.replica, worker.claim, dead=result == "dead")
             settling.add_done_callback(partial(_settled, pool))
+            if self.on_over is not None:
+                self.on_over(worker.job_id)
 
     async def _end(self, pool: Pool, job_id: str, error: LLMStreamError) -> None:
         finished = Finished(status="failed", at=self._clock(), failure=error.failure())

@@ -165,6 +165,11 @@ class Jobs:
         found = await asyncio.gather(*(self._pipeline.call("HGETALL", self._keys.job(job_id)) for job_id in job_ids))
         return [_state(fields) for fields in found if fields]
 
+    async def statuses(self, job_ids: list[str]) -> list[str | None]:
+        """The status of each of several jobs; None for one that has no record."""
+        asked = (self._pipeline.call("HGET", self._keys.job(job_id), "status") for job_id in job_ids)
+        return [raw.decode() if raw is not None else None for raw in await asyncio.gather(*asked)]
+
     async def begin(
         self, job_id: str, started: Started, max_attempts: int, claim: int
     ) -> Begun | Literal["done", "exhausted", "superseded"]:

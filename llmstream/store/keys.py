@@ -43,6 +43,10 @@
 {prefix}:room               channel targets that may have room again
 {prefix}:breaker            channel targets whose breaker opened or closed
 {prefix}:revoked            channel ids of revoked API keys
+{prefix}:over               channel ids of jobs that are over, where RabbitMQ waits to hear of it
+
+{broker.result_prefix}:JOB  string  the result of an order from RabbitMQ, named by who posts it; also a channel that
+                                    says 'set' when it is there
 """
 
 from __future__ import annotations
@@ -82,6 +86,7 @@ class Keys:
         self.api_keys = f"{prefix}:api_keys"
         self.stream_secret = f"{prefix}:stream_secret"
         self.revoked = f"{prefix}:revoked"
+        self.over = f"{prefix}:over"
 
     def job(self, job_id: str) -> str:
         return f"{self._prefix}:{{{job_id}}}:job"

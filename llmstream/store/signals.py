@@ -32,8 +32,10 @@ class Signals:
         """Gets a target whose breaker opened, closed or may be probed."""
         self.on_revoked: Callable[[str], None] | None = None
         """Gets the id of an API key that is not valid any more."""
+        self.on_over: Callable[[str], None] | None = None
+        """Gets the id of a job that is over, where somebody announces it."""
         self._connect = connect
-        channels = (keys.wake, keys.cancel, keys.room, keys.breaker, keys.revoked)
+        channels = (keys.wake, keys.cancel, keys.room, keys.breaker, keys.revoked, keys.over)
         self._channels = [name.encode() for name in channels]
         self._connection: Connection | None = None
         self._task: asyncio.Task[None] | None = None
@@ -91,7 +93,7 @@ class Signals:
         kind, channel, data = message[0], message[1], message[-1]
         if kind != b"message":
             return
-        listeners = (self.on_work, self.on_cancel, self.on_room, self.on_breaker, self.on_revoked)
+        listeners = (self.on_work, self.on_cancel, self.on_room, self.on_breaker, self.on_revoked, self.on_over)
         hear = dict(zip(self._channels, listeners, strict=True)).get(channel)
         if hear is not None:
             hear(data.decode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -29,6 +30,7 @@ from llmstream.store.rate_limits import RateLimits
 from llmstream.store.readers import Readers
 from llmstream.store.recent import Recent
 from llmstream.store.repeats import Repeats
+from llmstream.store.results import Results
 from llmstream.store.servers import Servers, find_servers
 from llmstream.store.sessions import Sessions
 from llmstream.store.signals import Signals
@@ -36,6 +38,8 @@ from llmstream.store.tail import BlockingTail, PollingTail, Tail
 from llmstream.types import Durability
 
 OLDEST_REDIS = (7, 0)
+
+logger = logging.getLogger(__name__)
 
 
 class Store:
@@ -132,6 +136,14 @@ class Store:
         """Conversations, each kept for so long; never longer than the logs of the jobs that answered."""
         return Sessions(self.writes, self.keys, self.recent, ttl_s=min(ttl_s, self._settings.retention_s))
 
+    def results(self, prefix: str) -> Results:
+        """Where those who post orders to a queue look for the answers."""
+        return Results(self.writes, prefix, self._settings.retention_s)
+
+    def announce_over(self, job_id: str) -> None:
+        """Tells all replicas that a job is over, with the next batch."""
+        self.writes.defer(("PUBLISH", self.keys.over, job_id), _announced)
+
     async def pools(self) -> list[str]:
         """Names of all pools that some replica has served within the retention time."""
         names = await self.writes.call("ZRANGE", self.keys.pools, 0, -1)
@@ -191,6 +203,11 @@ class Store:
             "embedded": self.embedded is not None,
             "latency_ms": round(seconds * 1000, 3),
         }
+
+
+def _announced(_reply: Any, error: Exception | None) -> None:
+    if error is not None:
+        logger.debug("a job's end is found out by looking: %s", error)
 
 
 @asynccontextmanager
