@@ -1,5 +1,6 @@
 # A gateway with the local engine. The models and the embedded store live in /data: mount a volume there.
-# Without API keys llmstream listens on loopback only, so run the container with --network host.
+# Without API keys llmstream listens on loopback only: give it some and let it listen on all addresses,
+# docker run -e API_KEYS=… -e SERVER__HOST=0.0.0.0 -p 8000:8000 …, or run the container with --network host.
 FROM python:3.13-slim AS build
 WORKDIR /src
 COPY pyproject.toml README.md ./

@@ -13,6 +13,7 @@ from llmstream import __version__
 from llmstream.commands.options import Command, assignment, event_id, program
 from llmstream.commands.terminal import forget_stdout
 from llmstream.errors import ConfigError, LLMStreamError
+from llmstream.types import SCOPES
 
 EPILOG = """\
 Settings come from defaults < --config FILE < environment (SERVER__PORT, STORE__URL …) < flags.
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands, client)
     _add_jobs(commands, client)
     _add_models(commands, client)
+    _add_keys(commands, settings)
     doctor = commands.add_parser("doctor", parents=[client], help="check everything the service needs")
     doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
     doctor.set_defaults(command="doctor:run")
@@ -137,6 +139,40 @@ def _add_models(commands: Commands, client: argparse.ArgumentParser) -> None:
     models.add_argument("action", nargs="?", choices=["list", "pull"], default="list")
     models.add_argument("source", nargs="?", metavar="SOURCE")
     models.set_defaults(command="models:run")
+
+
+def _add_keys(commands: Commands, settings: argparse.ArgumentParser) -> None:
+    keys = commands.add_parser(
+        "keys",
+        help="make, list and revoke API keys",
+        description="Works on the store of the settings, and so on all servers that share it, while they run or not.",
+    ).add_subparsers(required=True, metavar="ACTION")
+    create = keys.add_parser(
+        "create",
+        parents=[settings],
+        help="make a key and print it, this once",
+        description="Jobs belong to the NAME: a key made for a name that had one before sees that one's jobs.",
+    )
+    create.add_argument("name", metavar="NAME", help="whose key it is")
+    create.add_argument(
+        "--scope", action="append", choices=SCOPES, dest="scopes", help="what it may do (generate); can be repeated"
+    )
+    create.add_argument(
+        "--model",
+        action="append",
+        metavar="PATTERN",
+        dest="models",
+        help="a model it may ask for, such as 'gpt-*' (all); can be repeated",
+    )
+    create.add_argument("--expires", default="365d", metavar="WHEN", help="90d, 12h or a date (365d)")
+    create.add_argument("--add", action="store_true", help="make another key for a name that has one")
+    create.set_defaults(command="keys:create")
+    listed = keys.add_parser("list", parents=[settings], help="list the keys of the store")
+    listed.add_argument("--json", action="store_true", help="print JSON")
+    listed.set_defaults(command="keys:list_all")
+    revoke = keys.add_parser("revoke", parents=[settings], help="end a key, or all keys of a name, at once")
+    revoke.add_argument("key", metavar="ID_OR_NAME")
+    revoke.set_defaults(command="keys:revoke")
 
 
 def _command(args: argparse.Namespace) -> Command:

@@ -11,29 +11,20 @@ from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from msgspec.structs import replace
+from pydantic import Field, SecretStr, field_validator, model_validator
 
-from llmstream.config_schema import Setting, plain, schema_of
+from llmstream.config_schema import Section, Setting, comma_separated, plain, schema_of
+from llmstream.config_security import KEY_NAME_PATTERN, KEY_NAME_RULE, KeySettings, SecuritySettings
 from llmstream.config_sources import build
+from llmstream.config_variables import from_known_variables
+from llmstream.presets import PRESETS, Capabilities, ContinueBy, Preset, StreamUsage, preset_of
 
 OnDisconnect = Annotated[str, Field(pattern=r"^(cancel|continue|grace|grace\([0-9]{1,5}(\.[0-9]{1,3})?s\))$")]
 OnCut = Literal["fail", "restart"]
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 ROUTE_PATTERN = re.compile(r"[A-Za-z0-9*?][A-Za-z0-9._:/*?@-]{0,127}")
 Strategy = Literal["ordered", "weighted", "least_busy", "fastest", "cheapest"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        # YAML reads ``port: yes`` as true, which pydantic would take for 1.
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise PydanticCustomError("truth_value", "a truth value is not allowed here")
-        return value
 
 
 def default_data_dir() -> Path:
@@ -55,6 +46,13 @@ class ServerSettings(Section):
     """On SIGTERM, seconds that open streams and running jobs get before they are cut and left to be taken over."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 20 * 1024 * 1024
     """Largest accepted request body."""
+    max_header_bytes: Annotated[int, Field(ge=1024, le=1024 * 1024)] = 8190
+    """Longest request line, and longest single header."""
+    header_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """What a sender gets to begin, and then to complete, a request's headers; a connection between two requests may be
+    silent for longer."""
+    body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """What a sender gets for its whole body."""
     ping_s: Annotated[float, Field(gt=0)] = 15.0
     """Seconds between comment lines on a silent SSE stream."""
     retry_window_s: Annotated[float, Field(ge=0)] = 600.0
@@ -180,14 +178,14 @@ class ModelSettings(Section):
 
 
 class ProviderSettings(Section):
-    base_url: str
-    """Root of an OpenAI-compatible API, for example ``https://api.openai.com/v1``."""
+    preset: str | None = None
+    """Which known API it is; by default the one of its name, else that of ``base_url``'s host, else ``other``."""
+    base_url: str | None = None
+    """Root of an OpenAI-compatible API, for example ``https://api.openai.com/v1``; a preset knows its own."""
     api_key: SecretStr | None = None
-    """Bearer key; None sends none."""
-    models: list[str] = []
+    """Bearer key; by default what the preset's variable holds, for the preset's own host only. None sends none."""
+    models: list[str] = ["*"]
     """Names served by this provider; ``*`` stands for any name no one else serves."""
-    continue_by: Literal["none", "assistant_prefill"] = "none"
-    """How a cut answer goes on: prefill sends what was logged as the last assistant message."""
     connect_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds to reach the API."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
@@ -196,19 +194,68 @@ class ProviderSettings(Section):
     """Requests a minute to each of its models, over all replicas."""
     tpm: Annotated[int, Field(ge=1)] | None = None
     """Tokens a minute of each of its models, prompts and answers, over all replicas."""
+    continue_by: ContinueBy | None = None
+    """How a cut answer goes on; ``none``: it starts over. This and what follows is as the preset says by default."""
+    continue_path: str | None = None
+    """Path on the same host under which continuations are asked for; empty: that of ``base_url``."""
+    tools: bool | None = None
+    """Whether it can call tools; requests for what an API cannot do get 400."""
+    json_schema: bool | None = None
+    """Whether it can hold answers to a JSON schema."""
+    logprobs: bool | None = None
+    """Whether it tells log probabilities."""
+    choices: bool | None = None
+    """Whether it gives more than one choice (``n``)."""
+    embeddings: bool | None = None
+    """Whether it makes embeddings."""
+    stream_usage: StreamUsage | None = None
+    """When its streams tell their tokens: if ``asked`` by ``stream_options``, ``always`` without, or ``never``."""
+    max_parallel: Annotated[int, Field(ge=1)] | None = None
+    """Requests at once from one replica; more wait."""
+    rename: list[Annotated[str, Field(pattern=r"^\w+=\w+$")]] | None = None
+    """Members of a chat request that the API calls otherwise, for example ``seed=random_seed``."""
+
+    def known(self, name: str) -> Preset:
+        """What is known about the API of the provider ``name``."""
+        return preset_of(name, self.preset, self.base_url)
+
+    def url(self, name: str) -> str | None:
+        """Its base URL; None for one that says neither where it is nor which it is."""
+        return self.base_url or self.known(name).base_url
+
+    def capabilities(self, name: str) -> Capabilities:
+        """What it can do: as known, changed by what is set here."""
+        fields = Capabilities.__struct_fields__
+        said = {field: value for field in fields if (value := getattr(self, field)) is not None}
+        if "rename" in said:
+            said["rename"] = tuple(said["rename"])
+        return replace(self.known(name).can, **said)
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, preset: str | None) -> str | None:
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"one of {', '.join(PRESETS)}")
+        return preset
 
     @field_validator("base_url")
     @classmethod
-    def _http_url(cls, url: str) -> str:
-        parts = _split(url)
-        if not parts or parts.scheme not in ("http", "https") or not parts.hostname:
+    def _http_url(cls, url: str | None) -> str | None:
+        parts = _split(url) if url is not None else None
+        if url is not None and (not parts or parts.scheme not in ("http", "https") or not parts.hostname):
             raise ValueError("an http:// or https:// URL with a host, for example https://api.openai.com/v1")
         return url
 
-    @field_validator("models", mode="before")
-    @classmethod
-    def _comma_separated(cls, models: Any) -> Any:
-        return [name.strip() for name in models.split(",") if name.strip()] if isinstance(models, str) else models
+    _lists = field_validator("models", "rename", mode="before")(comma_separated)
+
+
+class PriceSettings(Section):
+    input: Annotated[float, Field(ge=0)]
+    """Price of a million tokens of prompt, in any currency."""
+    output: Annotated[float, Field(ge=0)]
+    """Price of a million tokens of answer."""
+    cached: Annotated[float, Field(ge=0)] | None = None
+    """Price of a million tokens of prompt that the API had in its cache; None: like others."""
 
 
 class BreakerSettings(Section):
@@ -266,11 +313,35 @@ class LoggingSettings(Section):
     """Least severe messages to write."""
     format: Literal["console", "json"] = "console"
     """Lines for people, or one JSON object for each message."""
+    requests: Literal["json", "always", "never"] = "json"
+    """When each HTTP request is a line of level INFO; ``json``: where that is the format."""
+
+    @property
+    def request_lines(self) -> bool:
+        return self.requests == "always" or (self.requests == "json" and self.format == "json")
 
     @field_validator("level", mode="before")
     @classmethod
     def _any_case(cls, level: Any) -> Any:
         return level.upper() if isinstance(level, str) else level
+
+
+class TelemetrySettings(Section):
+    otlp_endpoint: str | None = None
+    """OpenTelemetry collector that gets traces and GenAI metrics over OTLP/HTTP, for example ``http://localhost:4318``
+    (extra ``otel``). The standard ``OTEL_*`` variables say the rest."""
+    memory_headers: bool = False
+    """Whether responses bear ``X-Memory-Used`` and ``X-Memory-Delta``, in MB."""
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _http_url(cls, url: str | None) -> str | None:
+        parts = _split(url) if url is not None else None
+        if url is not None and not (parts and parts.scheme in ("http", "https") and parts.hostname):
+            raise ValueError("an http:// or https:// URL with a host, for example http://localhost:4318")
+        if parts is not None and parts.username is not None:
+            raise ValueError("a URL without user and password; OTEL_EXPORTER_OTLP_HEADERS takes what authenticates")
+        return url
 
 
 class Settings(Section):
@@ -288,18 +359,24 @@ class Settings(Section):
     retry: RetrySettings = RetrySettings()
     breaker: BreakerSettings = BreakerSettings()
     disconnect: DisconnectSettings = DisconnectSettings()
+    security: SecuritySettings = SecuritySettings()
+    keys: dict[str, KeySettings] = {}
+    """API keys by the name of the principal that shows them."""
     models: dict[str, ModelSettings] = {}
     """Local models by the name clients ask for. With neither models nor providers, ``smollm2`` is served."""
     providers: dict[str, ProviderSettings] = {}
     """Remote APIs by name."""
+    prices: dict[str, PriceSettings] = {}
+    """What tokens cost, by ``PROVIDER/MODEL``, ``MODEL`` or ``PROVIDER/*``."""
     routes: dict[str, RouteSettings] = {}
     """Names that lead to several targets; ``*`` and ``?`` in a name stand for any characters, for any one."""
     logging: LoggingSettings = LoggingSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     @property
     def authenticated(self) -> bool:
-        """Whether callers must show an API key. There are no keys yet, so nobody else may reach the server."""
-        return False
+        """Whether callers must show an API key; without one only programs on this machine may reach the server."""
+        return bool(self.keys) or self.security.api_key is not None or self.security.keys_required
 
     @field_validator("data_dir")
     @classmethod
@@ -311,7 +388,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if problems := list(_contradictions(self)):
+        if problems := [*_contradictions(self), *_incomplete(self)]:
             raise ValueError("\n".join(problems))
         return self
 
@@ -324,7 +401,7 @@ def load(
     ``flags`` has dotted keys such as ``server.port``; None means not given. Raises one ConfigError that lists
     everything that is wrong.
     """
-    return build(Settings, file, os.environ if env is None else env, flags or {})
+    return build(Settings, file, os.environ if env is None else env, flags or {}, from_known_variables)
 
 
 def print_config(settings: Settings) -> str:
@@ -342,8 +419,8 @@ def _contradictions(settings: Settings) -> Iterator[str]:
     server, lease, total = settings.server, settings.scheduler.lease_s, settings.deadlines.total_s
     if not server.loopback and not settings.authenticated:
         yield (
-            f"server.host = {server.host!r}: other machines could use this server without a key, and API keys are not "
-            "supported yet; listen on 127.0.0.1 or ::1 and put a proxy that authenticates in front"
+            f"server.host = {server.host!r}: other machines could use this server without a key; set API_KEYS or keys, "
+            "or security.keys_required to use those of 'llmstream keys create', or listen on 127.0.0.1 or ::1"
         )
     # A lease of up to two seconds is never the mistake, however short the jobs are.
     if lease > max(total, 2.0):
@@ -361,12 +438,32 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         yield "models.remote: this name stands for the pool of all remote providers; choose another"
     for name in sorted(settings.models.keys() & settings.providers.keys()):
         yield f"models.{name}, providers.{name}: a local model and a provider share this name; rename one"
+    yield from _key_problems(settings)
     for name in [*settings.models, *settings.providers]:
         if not NAME_PATTERN.fullmatch(name):
             yield (
                 f"models, providers: the name {name[:80]!r} is not allowed; expected up to 128 letters, digits and "
                 ". _ : / - that begin with a letter or digit"
             )
+
+
+def _incomplete(settings: Settings) -> Iterator[str]:
+    for name, provider in settings.providers.items():
+        if provider.url(name) is None:
+            meaning = "Root of an OpenAI-compatible API, for example https://api.openai.com/v1"
+            yield f"providers.{name}.base_url is required: {meaning}; or say which API it is with preset"
+    for name in settings.prices:
+        if not NAME_PATTERN.fullmatch(name.removesuffix("/*")):
+            yield f"prices: the name {name[:80]!r} is not allowed; expected PROVIDER/MODEL, MODEL or PROVIDER/*"
+
+
+def _key_problems(settings: Settings) -> Iterator[str]:
+    for name in settings.keys:
+        if not KEY_NAME_PATTERN.fullmatch(name):
+            yield f"keys: the name {name[:80]!r} is not allowed; expected {KEY_NAME_RULE}"
+    shown = [key.value.get_secret_value() for key in settings.keys.values()] + settings.security.api_keys
+    if len(set(shown)) < len(shown):
+        yield "keys, security.api_key: the same API key is here twice; each principal needs one of its own"
 
 
 def _wrong_routes(settings: Settings) -> Iterator[str]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, urlsplit
 
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, ConfigDict, SecretStr, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 MASK = "********"
 NAME = "NAME"
@@ -20,6 +21,23 @@ NAME = "NAME"
 OBJECTS = "a list of objects"
 
 Key = tuple[str, ...]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads ``port: yes`` as true, which pydantic would take for 1.
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation not in (bool, bool | None):
+            raise PydanticCustomError("truth_value", "a truth value is not allowed here")
+        return value
+
+
+def comma_separated(value: Any) -> Any:
+    """A list that may be written as one text."""
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 
 class Setting(NamedTuple):
@@ -107,6 +125,8 @@ def _allowed(variant: Mapping[str, Any]) -> str:
     if "enum" in variant:
         return "one of " + ", ".join(map(str, variant["enum"]))
     kind = variant.get("format") or variant["type"]
+    if choices := variant.get("items", {}).get("enum"):
+        return "a list of " + ", ".join(choices)
     words = {
         "integer": "an integer",
         "number": "a number",
@@ -114,6 +134,7 @@ def _allowed(variant: Mapping[str, Any]) -> str:
         "path": "a path",
         "password": "text, env:VARIABLE or file:PATH",
         "array": "a list of texts",
+        "date-time": "a date, or a date and time such as 2030-01-31T12:00:00Z",
         "null": "null",
         "boolean": "true or false",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,7 +16,13 @@ from llmstream.errors import ConfigError
 
 PREFIX = "LLMSTREAM_"
 CONFIG_VARIABLE = "LLMSTREAM_CONFIG"
-ALIASES: Mapping[str, Key] = {"REDIS_URL": ("store", "url"), "PORT": ("server", "port")}
+CLIENT_VARIABLE = "LLMSTREAM_API_KEY"
+"""What our own commands show to a server; no setting."""
+ALIASES: Mapping[str, Key] = {
+    "REDIS_URL": ("store", "url"),
+    "PORT": ("server", "port"),
+    "API_KEYS": ("security", "api_key"),
+}
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -33,15 +39,21 @@ class Found(NamedTuple):
 Values = dict[Key, Found]
 
 
-def build(model: type[Model], file: Path | None, env: Mapping[str, str], flags: Mapping[str, Any]) -> Model:
+Derive = Callable[[Values, Mapping[str, str]], Values]
+"""Makes of the values so far and the environment further ones, which go before those of the file only."""
+
+
+def build(
+    model: type[Model], file: Path | None, env: Mapping[str, str], flags: Mapping[str, Any], derive: Derive
+) -> Model:
     """Merges defaults < file < environment < flags. Raises one ConfigError that lists everything wrong with them."""
     schema = schema_of(model)
     problems: list[str] = []
     if file is None and env.get(CONFIG_VARIABLE):
         file = Path(env[CONFIG_VARIABLE])
     values = YamlFile(file.expanduser(), schema, problems).values() if file else {}
-    values |= from_environment(schema, env, list(values), problems)
-    values |= from_flags(schema, flags, problems)
+    own = from_environment(schema, env, list(values), problems) | from_flags(schema, flags, problems)
+    values |= derive(values | own, env) | own
     nested = nest({key: resolve(key, found, schema, env, problems) for key, found in values.items()})
     try:
         settings = model.model_validate(nested)
@@ -120,7 +132,7 @@ def from_environment(schema: Schema, env: Mapping[str, str], known: Iterable[Key
     values: Values = {}
     for variable in sorted(env, key=lambda name: (name.startswith(PREFIX), name not in ALIASES, name)):
         value, bare = env[variable], variable.removeprefix(PREFIX)
-        if not value or variable == CONFIG_VARIABLE or bare != bare.upper():
+        if not value or variable in (CONFIG_VARIABLE, CLIENT_VARIABLE) or bare != bare.upper():
             continue
         key = _key_of(schema, bare)
         if key is None:

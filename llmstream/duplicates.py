@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from llmstream.errors import Conflict
 from llmstream.store.repeats import digest
 from llmstream.store.store import Store
-from llmstream.types import Job
+from llmstream.types import Job, own_id
 
 _VOID = frozenset({"failed", "cancelled"})
 """An SDK that tries again wants an answer, not the old error."""
@@ -62,7 +62,7 @@ class Duplicates:
         if identity.named:  # a name that seems free may be about to be written again
             await self._store.presence.recovered()
         if identity.job_id is not None:
-            return replace(job, id=identity.job_id)
+            return replace(job, id=own_id(job.principal, identity.job_id))
         if identity.key is not None:
             name = digest("key", job.principal, identity.key)
             return replace(job, id=await self._store.repeats.point(name, job.id, self._key_s))

@@ -5,6 +5,8 @@
     ├── BadRequest            400
     │   ├── ContextLengthExceeded 400
     │   └── BodyTooLarge      413
+    ├── Unauthorized          401  no API key, or none that is valid
+    ├── Forbidden             403  the API key may not do this
     ├── NotFound              404  no such job, session, route …
     │   └── ModelNotFound     404
     ├── Conflict              409
@@ -99,6 +101,14 @@ class ContextLengthExceeded(BadRequest):
 
 class BodyTooLarge(BadRequest):
     status, code = 413, "body_too_large"
+
+
+class Unauthorized(LLMStreamError):
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class Forbidden(LLMStreamError):
+    status, type, code = 403, "invalid_request_error", "insufficient_permissions"
 
 
 class NotFound(LLMStreamError):

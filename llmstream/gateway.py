@@ -13,25 +13,33 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from llmstream.access.access import Access, open_access
 from llmstream.config import Settings
 from llmstream.duplicates import Duplicates, Identity
-from llmstream.errors import BadRequest, Conflict, NotFound, Overloaded, ShuttingDown, StoreUnavailable
+from llmstream.errors import BadRequest, Conflict, ModelNotFound, NotFound, Overloaded, ShuttingDown, StoreUnavailable
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
+from llmstream.providers.tokens import Tokenizer
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router, limits_of
+from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.audience import MemorySeat, Seat
+from llmstream.scheduler.gauges import watch_pools
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.budgets import Spent
 from llmstream.store.follower import Follower
 from llmstream.store.lanes import Census, Lanes, Standing
 from llmstream.store.memory import in_memory
+from llmstream.store.owned import OWNED_JOBS
 from llmstream.store.readers import NOBODY, Lease
 from llmstream.store.repeats import digest
 from llmstream.store.store import Store, open_store
+from llmstream.telemetry.observer import Observer, open_tracing
+from llmstream.telemetry.origin import ORIGIN
 from llmstream.transcript import Transcript
 from llmstream.types import (
     BEGINNING,
+    LOCAL,
     TERMINAL,
     Clock,
     Durability,
@@ -44,6 +52,7 @@ from llmstream.types import (
     Principal,
     Restart,
     new_id,
+    own_id,
 )
 
 DEFAULT_RETRY_AFTER_S = 1.0
@@ -56,10 +65,20 @@ class Gateway:
     """Accepts jobs, reads their logs, ends them. Does not know HTTP, and does not know models."""
 
     def __init__(
-        self, settings: Settings, store: Store, router: Router, scheduler: Scheduler, clock: Clock = time.time
+        self,
+        settings: Settings,
+        store: Store,
+        router: Router,
+        scheduler: Scheduler,
+        clock: Clock = time.time,
+        observer: Observer | None = None,
+        access: Access | None = None,
     ) -> None:
         self.settings = settings
+        self.access = access
+        """Who may use the gateway; None: everybody who can reach it."""
         self.replica = scheduler.replica
+        self.observer = observer or Observer()
         self._store = store
         self._router = router
         self._scheduler = scheduler
@@ -184,9 +203,10 @@ class Gateway:
             await self._lanes(state.job.pool).remove(job_id)
         return state
 
-    async def requeue(self, job_id: str) -> Job:
+    async def requeue(self, job_id: str, principal: Principal | None = None) -> Job:
         """Runs a failed or cancelled job once more: as a new job, for the old one's log has its end, and every reader
         has seen it. The new one begins with the old one's answer where that can be continued. Repeating it is fine.
+        It belongs to whom the old one belongs, and ``principal`` says what may be asked for.
 
         Raises NotFound, Conflict for a job that did not fail, and what :meth:`submit` raises.
         """
@@ -197,7 +217,7 @@ class Gateway:
             raise Conflict(f"Job {job_id!r} is {state.status}; only failed and cancelled jobs can be requeued.")
         old = state.job
         deadline_s = None if old.expires_at is None else old.expires_at - old.created_at
-        principal = Principal(id=old.principal)
+        principal = replace(principal or Principal(), id=old.principal)
         job = await self._admit(
             old.request, principal, old.priority, old.session_id, deadline_s, old.durability, None, old.restarts
         )
@@ -207,31 +227,38 @@ class Gateway:
         await self._lanes(old.pool).revive(old.id)
         return job
 
-    async def dead(self, limit: int = 50) -> list[JobState]:
-        """Jobs of all pools this replica knows that failed after all their attempts, latest first."""
-        found = [job_id for pool in self._scheduler.pools.values() for job_id in await pool.lanes.dead(limit)]
+    async def dead(self, limit: int = 50, principal: str | None = None) -> list[JobState]:
+        """Jobs of all pools this replica knows that failed after all their attempts, latest first; those of one
+        principal, if it is named."""
+        most = limit if principal is None else OWNED_JOBS
+        found = [job_id for pool in self._scheduler.pools.values() for job_id in await pool.lanes.dead(most)]
+        if principal is not None:
+            own = set(await self._store.owned.latest(principal))
+            found = [job_id for job_id in found if job_id in own]
         states = await self._store.jobs.find_all(found)
         return sorted(states, key=lambda state: state.finished_at or 0.0, reverse=True)[:limit]
 
-    async def latest_job(self, session_id: str) -> str:
-        """Id of the latest job of a session; a job without a session is a session of its own. Raises NotFound."""
+    async def latest_job(self, session_id: str, principal: str = LOCAL) -> str:
+        """Id of the latest job of a principal's session; a job without a session is a session of its own. Raises
+        NotFound."""
         if in_memory(session_id):
             return (await self.job(session_id)).job.id
-        jobs = await self._store.jobs.session_jobs(session_id)
-        if own := self._store.memory.latest(session_id):
+        jobs = await self._store.jobs.session_jobs(session_id, principal)
+        if own := self._store.memory.latest(session_id, principal):
             logged = await self._store.jobs.find(jobs[0]) if jobs else None
             if logged is None or logged.job.created_at < own.job.created_at:
                 return own.job.id
         if jobs:
             return jobs[0]
-        if await self._store.jobs.find(session_id) is None:
-            raise NotFound(f"There is no session {session_id!r}; it never existed or its retention time is over.")
-        return session_id
+        for job_id in dict.fromkeys((session_id, own_id(principal, session_id))):
+            if await self._store.jobs.find(job_id) is not None:
+                return job_id
+        raise NotFound(f"There is no session {session_id!r}; it never existed or its retention time is over.")
 
-    async def recent(self, limit: int = 50) -> list[JobState]:
-        """The latest jobs of all pools of all replicas, newest first."""
-        found: list[str] = []
-        for pool in await self._store.pools():
+    async def recent(self, limit: int = 50, principal: str | None = None) -> list[JobState]:
+        """The latest jobs of all pools of all replicas, newest first; those of one principal, if it is named."""
+        found = [] if principal is None else await self._store.owned.latest(principal, limit)
+        for pool in await self._store.pools() if principal is None else ():
             found += await self._lanes(pool).recent(limit)
         states = await self._store.jobs.find_all(found)
         return sorted(states, key=lambda state: state.job.created_at, reverse=True)[:limit]
@@ -302,6 +329,11 @@ class Gateway:
         durability = durability or self.settings.store.durability
         if self._store.presence.trouble is not None and durability != "memory":
             raise StoreUnavailable(self._store.presence.trouble.message, retry_after=STORE_RETRY_AFTER_S)
+        _refuse_long_prompt(request, self.settings.security.max_prompt_chars)
+        if not principal.may_use(request.model):
+            raise ModelNotFound(
+                f"This API key has no model {request.model!r}; GET /v1/models lists its models.", param="model"
+            )
         route = self._router.route(request)
         await route.check(request)
         self._store.check(durability)
@@ -317,6 +349,8 @@ class Gateway:
             expires_at=None if deadline_s is None else now + deadline_s,
             durability=durability,
             grace_s=grace_s,
+            request_id=ORIGIN.get().request_id,
+            traceparent=self.observer.traceparent(),
             restarts=restarts,
         )
 
@@ -329,6 +363,7 @@ class Gateway:
                 param=name,
             )
         self._scheduler.run_here(job)
+        self.observer.accepted(job)
         if job.grace_s is not None:
             self._store.memory.expect(job.id, max(self.settings.disconnect.grace_s, job.grace_s))
         return job
@@ -337,10 +372,12 @@ class Gateway:
         """Puts a job on record and in line; both may have been done before by an equal request."""
         first_s = max(self.settings.disconnect.grace_s, job.grace_s or 0.0)
         expected = Lease(NOBODY, first_s - (job.grace_s or 0.0))
+        if self.access is not None:
+            self._store.owned.note(job)
         created = await self._store.jobs.create(job, seat.lease if seat else expected)
         if created is None:
             raise identity.conflict() if identity else Conflict(f"The job id {job.id!r} is taken.", param="job_id")
-        job = created.job
+        new, job = created.job is job, created.job
         lanes = self._lanes(job.pool)
         if seat is not None:
             seat.bind(job, lanes, counted=True)
@@ -355,6 +392,8 @@ class Gateway:
                 await self._store.jobs.join_session(job.session_id, job)
         self._store.recent.remember(lambda: self._enqueue_again(job, expected, unread_s), created.size)
         self._scheduler.kick(job.pool)
+        if new:
+            self.observer.accepted(job)
         return job
 
     async def _enqueue_again(self, job: Job, expected: Lease, unread_s: float | None) -> None:
@@ -362,6 +401,8 @@ class Gateway:
         created = await self._store.jobs.create(job, expected)
         if created is None:
             return
+        if self.access is not None:
+            self._store.owned.note(job)
         if job.session_id is not None:  # also when its end was written again before
             await self._store.jobs.join_session(job.session_id, job)
         if created.status not in TERMINAL:
@@ -381,6 +422,15 @@ class Gateway:
     def _lanes(self, pool: str) -> Lanes:
         known = self._scheduler.pools.get(pool)
         return known.lanes if known is not None else self._store.lanes(pool, self.settings.scheduler)
+
+
+def _refuse_long_prompt(request: GenerateRequest, limit: int | None) -> None:
+    if limit is not None and (size := request.prompt_chars) > limit:
+        raise BadRequest(
+            f"The prompt has {size} characters, and {limit} are allowed (security.max_prompt_chars); shorten it.",
+            param="messages" if request.kind == "chat" else "prompt",
+            code="prompt_too_long",
+        )
 
 
 async def _timed(look: Any) -> dict[str, Any]:
@@ -406,6 +456,12 @@ async def open_gateway(
             await provider.open()
         limits = {name: limits_of(provider) for name, provider in settings.providers.items()}
         router = Router(providers, settings.routes, limits={name: each for name, each in limits.items() if any(each)})
+        tokenizer = Tokenizer()
+        if settings.providers:  # what runs here counts by itself
+            await tokenizer.open()
+        accounts = Accounts(settings.prices, tokenizer)
+        tracing = await stack.enter_async_context(open_tracing(settings.telemetry, replica))
+        observer = Observer([model.name for model in router.models], tracing)
         scheduler = Scheduler(
             store,
             router,
@@ -415,9 +471,13 @@ async def open_gateway(
             backoff=Backoff(settings.retry),
             breaker=settings.breaker,
             clock=clock,
+            accounts=accounts,
+            observer=observer,
         )
+        watch_pools(observer, store, scheduler.pools)
         await scheduler.open()
-        gateway = Gateway(settings, store, router, scheduler, clock)
+        access = await open_access(settings, store, clock)
+        gateway = Gateway(settings, store, router, scheduler, clock, observer, access)
         try:
             yield gateway
         finally:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 GC_OBJECTS = 20_000
 _PR_SET_PDEATHSIG = 1
@@ -31,6 +32,18 @@ def collect_less() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_OBJECTS, 20, 20)
+
+
+def open_more_files() -> None:
+    """Call when a server starts: it may have as many connections as the system lets it. The lower limit that programs
+    begin with is for those that cannot deal with many."""
+    if os.name == "nt":
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS calls its limit infinite, and then does not give it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def follow_parent(parent: int) -> None:

@@ -17,6 +17,9 @@ from llmstream.errors import ConfigError
 from llmstream.gateway import Gateway, open_gateway
 from llmstream.providers.build import PullProgress
 
+BACKLOG = 4096
+"""Clients that may wait to be accepted, as far as the system lets them. With 128 a busy moment loses some: they
+believe that they are connected, and are cut or kept waiting for seconds."""
 HANDLER_GRACE_S = 2.0
 """What request handlers get to end after their streams were closed."""
 
@@ -60,8 +63,14 @@ class Server:
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             self._gateway = await stack.enter_async_context(open_gateway(self.settings, progress=self._progress))
+            server = self.settings.server
             runner = Runner(
-                create_app(self.settings, gateway=self._gateway), access_log=None, shutdown_timeout=HANDLER_GRACE_S
+                create_app(self.settings, gateway=self._gateway),
+                header_timeout_s=server.header_timeout_s,
+                max_line_size=server.max_header_bytes,
+                max_field_size=server.max_header_bytes,
+                access_log=None,
+                shutdown_timeout=HANDLER_GRACE_S,
             )
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
@@ -78,8 +87,8 @@ class Server:
 
     async def _listen(self, runner: Runner) -> None:
         server = self.settings.server
-        sites: list[web.BaseSite] = [web.SockSite(runner, own) for own in self._sockets]
-        for site in sites or [web.TCPSite(runner, server.host, server.port)]:
+        sites: list[web.BaseSite] = [web.SockSite(runner, own, backlog=BACKLOG) for own in self._sockets]
+        for site in sites or [web.TCPSite(runner, server.host, server.port, backlog=BACKLOG)]:
             try:
                 await site.start()
             except OSError as error:

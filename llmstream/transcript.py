@@ -135,6 +135,24 @@ class Transcript:
         return first.tokens if first else []
 
     @property
+    def produced(self) -> int:
+        """Tokens of the answer so far, as well as they are known: the pieces it came in where nobody counted."""
+        return self._counted or (self.choices[0].pieces if 0 in self.choices else 0)
+
+    @property
+    def counted(self) -> bool:
+        """Whether ``produced`` is more than a guess."""
+        return self._counted > 0 or self.text == ""
+
+    @property
+    def _counted(self) -> int:
+        if self.usage is not None:
+            return self.usage.completion_tokens
+        first = self.choices.get(0)
+        logprobs = first.logprobs if first else None
+        return len(self.tokens) or len((logprobs or {}).get("content", ()))
+
+    @property
     def finish_reason(self) -> str | None:
         first = self.choices.get(0)
         return first.finish_reason if first else None

@@ -5,13 +5,17 @@ A generation is a *job*; a job is a *log* of events. Everything a client ever se
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled", "incomplete"]
 TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled", "incomplete"})
@@ -70,7 +74,9 @@ class Usage(Struct, frozen=True, omit_defaults=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     details: dict[str, Any] | None = None
-    """Further fields of an upstream's usage object, verbatim."""
+    """Further fields of an upstream's usage object, verbatim; ``estimated`` where the tokens were counted here."""
+    cost: float | None = None
+    """By the price table of the settings, in its currency."""
 
     @property
     def total_tokens(self) -> int:
@@ -135,14 +141,40 @@ class Event(NamedTuple):
     data: Payload
 
 
-class GenerateRequest(Struct, frozen=True, omit_defaults=True):
-    """What to generate: an OpenAI request body, kept as it came so that nothing is lost on the way upstream."""
+class _Glance(Struct, frozen=True):
+    """What every part of the service has to know of a body, read without making objects of the rest."""
+
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+
+
+_glance = msgspec.json.Decoder(_Glance).decode
+
+
+class GenerateRequest(Struct, frozen=True, omit_defaults=True, kw_only=True, dict=True):
+    """What to generate: an OpenAI request body, kept byte for byte so that nothing is lost on the way upstream."""
 
     kind: Kind
     model: str
-    body: dict[str, Any]
+    raw: msgspec.Raw = msgspec.field(name="body")
+    """The body as JSON."""
     provider: str | None = None
     """Asks for one provider by name; None lets the router choose."""
+    job_id: str | None = None
+    """The job that asks, the same over all its attempts; known while it runs."""
+
+    @classmethod
+    def of(cls, kind: Kind, model: str, body: Mapping[str, Any], provider: str | None = None) -> GenerateRequest:
+        """A request with a body that is not JSON yet. Raises ValueError for what JSON cannot hold."""
+        raw = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        return cls(kind=kind, model=model, raw=msgspec.Raw(raw), provider=provider)
+
+    @cached_property
+    def body(self) -> dict[str, Any]:
+        """The whole body, decoded. Those who only pass it on do without."""
+        body: dict[str, Any] = msgspec.json.decode(self.raw)
+        return body
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -150,18 +182,88 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True):
         return list(self.body.get("messages") or [])
 
     @property
+    def prompt_chars(self) -> int:
+        """Characters of text in the conversation or prompt."""
+        contents = [message.get("content") for message in self.messages] or [self.body.get("prompt")]
+        return sum(map(_chars, contents))
+
+    @property
     def max_tokens(self) -> int | None:
-        return self.body.get("max_completion_tokens") or self.body.get("max_tokens")
+        return self._seen.max_completion_tokens or self._seen.max_tokens
 
     @property
     def choices(self) -> int:
-        return int(self.body.get("n") or 1)
+        return self._seen.n or 1
+
+    @cached_property
+    def _seen(self) -> _Glance:
+        return _glance(self.raw)
+
+
+Scope = Literal["read", "generate", "admin"]
+SCOPES: tuple[Scope, ...] = ("read", "generate", "admin")
+"""Each holds those before it: ``read`` sees its principal's own jobs, ``generate`` also makes, cancels and requeues
+them, ``admin`` does all that with everybody's."""
+
+
+def _chars(content: Any) -> int:
+    if isinstance(content, list):
+        return sum(map(_chars, content))
+    if isinstance(content, dict):
+        content = content.get("text")
+    return len(content) if isinstance(content, str) else 0
+
+
+LOCAL = "local"
+"""The principal of a server without keys."""
 
 
 class Principal(Struct, frozen=True, omit_defaults=True):
-    """Who asks. Jobs of different principals at the same priority take turns."""
+    """Who asks, and what they may. Jobs of different principals at the same priority take turns.
 
-    id: str = "local"
+    The default is who asks a server without keys: may do everything.
+    """
+
+    id: str = LOCAL
+    scopes: tuple[Scope, ...] = SCOPES
+    models: tuple[str, ...] | None = None
+    """Patterns such as ``gpt-*`` of the models that may be asked for; None: all."""
+
+    @property
+    def is_admin(self) -> bool:
+        return "admin" in self.scopes
+
+    def may_use(self, model: str) -> bool:
+        """Whether a model may be asked for by this name."""
+        return self.models is None or any(fnmatchcase(model, pattern) for pattern in self.models)
+
+    def owns(self, job: Job) -> bool:
+        """Whether a job may be seen: what belongs to others does not exist."""
+        return job.principal == self.id or self.is_admin
+
+
+class ApiKey(Struct, frozen=True, omit_defaults=True):
+    """What is kept of an API key: all but its secret."""
+
+    id: str
+    name: str
+    """The principal; several keys may have the same."""
+    salt: str
+    digest: str
+    """Hex of the secret's salted hash."""
+    scopes: tuple[Scope, ...]
+    created_at: float
+    expires_at: float
+    models: tuple[str, ...] | None = None
+
+    @property
+    def principal(self) -> Principal:
+        return Principal(id=self.name, scopes=self.scopes, models=self.models)
+
+
+def scopes_upto(scopes: Iterable[Scope]) -> tuple[Scope, ...]:
+    """All scopes that the given ones hold."""
+    return SCOPES[: max((SCOPES.index(scope) + 1 for scope in scopes), default=0)]
 
 
 class Job(Struct, frozen=True, omit_defaults=True):
@@ -171,7 +273,7 @@ class Job(Struct, frozen=True, omit_defaults=True):
     request: GenerateRequest
     pool: str
     created_at: float
-    principal: str = "local"
+    principal: str = LOCAL
     priority: int = 0
     session_id: str | None = None
     expires_at: float | None = None
@@ -184,6 +286,10 @@ class Job(Struct, frozen=True, omit_defaults=True):
     continues: str | None = None
     """The job that this one was requeued from: its answer goes on where that one stopped."""
     durability: Durability = "full"
+    request_id: str | None = None
+    """The HTTP request that it came with, for the log of whoever runs it."""
+    traceparent: str | None = None
+    """The W3C trace context that it came in, for the spans of whoever runs it."""
     restarts: bool = True
     """Whether the answer may start over after its model broke off where it cannot go on; otherwise the job fails and
     keeps what was said. After the death of a replica it starts over in any case."""
@@ -191,6 +297,11 @@ class Job(Struct, frozen=True, omit_defaults=True):
     @property
     def lane(self) -> Lane:
         return lane_of(self.priority)
+
+    @property
+    def asked(self) -> GenerateRequest:
+        """The request as providers get it: with the name of the job."""
+        return replace(self.request, job_id=self.id)
 
 
 class JobState(Struct, frozen=True, omit_defaults=True):
@@ -225,6 +336,11 @@ class ModelInfo(Struct, frozen=True, omit_defaults=True):
     context: int | None = None
     """Tokens of prompt and answer together; None where the provider does not say."""
     extra: Mapping[str, Any] = {}
+
+
+def own_id(principal: str, name: str) -> str:
+    """The job id that a caller's own id stands for; those of different principals never meet."""
+    return name if principal == LOCAL else f"{principal}:{name}"
 
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"

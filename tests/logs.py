@@ -13,7 +13,7 @@ from llmstream.store.store import Store
 from llmstream.store.writer import Writer
 from llmstream.types import Delta, Event, Finished, GenerateRequest, Job, Started, new_id
 
-REQUEST = GenerateRequest(kind="chat", model="echo", body={})
+REQUEST = GenerateRequest.of(kind="chat", model="echo", body={})
 
 
 async def new_job(store: Store, **fields: object) -> Job:

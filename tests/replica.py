@@ -98,7 +98,7 @@ async def submit(
     store: Store, *, settings: SchedulerSettings = FAST, priority: int = 0, expires_at: float | None = None, **echo: Any
 ) -> Job:
     """Accepts a job for the echo model; keywords are its ``echo`` options."""
-    request = GenerateRequest(kind="chat", model=MODEL, body={"echo": echo, "nonce": new_id()})
+    request = GenerateRequest.of(kind="chat", model=MODEL, body={"echo": echo, "nonce": new_id()})
     job = Job(
         id=new_id(), request=request, pool=MODEL, created_at=time.time(), priority=priority, expires_at=expires_at
     )

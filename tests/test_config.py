@@ -333,7 +333,7 @@ def test_every_setting_is_described() -> None:
         "an integer from 0 to 65535",
     )
     assert rows["models.NAME.context"].allowed == "an integer of at least 32 or null"
-    assert rows["providers.NAME.base_url"].default == "required"
+    assert rows["providers.NAME.tools"].allowed == "true or false or null"
     assert rows["store.url"].secret
     assert all(row.meaning and row.allowed and row.default for row in rows.values())
 

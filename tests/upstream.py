@@ -61,6 +61,7 @@ class Seen:
     path: str
     headers: Mapping[str, str]
     body: dict[str, Any]
+    raw: bytes
     connection: object
     answered: bool = False
     hung_up: asyncio.Event = field(default_factory=asyncio.Event)
@@ -89,6 +90,7 @@ class Upstream:
         app.router.add_get("/v1/models", self._list)
         app.router.add_post("/v1/chat/completions", self._generate)
         app.router.add_post("/v1/completions", self._generate)
+        app.router.add_post("/beta/chat/completions", self._generate)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1, access_log=None)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -110,7 +112,7 @@ class Upstream:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        seen = Seen(request.path, dict(request.headers), body, request.transport)
+        seen = Seen(request.path, dict(request.headers), body, await request.read(), request.transport)
         self.requests.append(seen)
         reply = self._next_reply(body)
         self.busy += 1

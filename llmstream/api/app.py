@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
-from llmstream.api import chat, health, jobs, openai
-from llmstream.api.keys import GATEWAY, PINGS, STREAMS, Streams
-from llmstream.api.middleware import errors, on_prepare
+from llmstream.api import chat, health, jobs, metrics, openai
+from llmstream.api.access import guard
+from llmstream.api.cors import Cors
+from llmstream.api.keys import BODY_TIMEOUT_S, GATEWAY, PINGS, STREAMS, Streams
+from llmstream.api.middleware import errors
+from llmstream.api.observing import observed, on_prepare
 from llmstream.api.pings import Pings
 from llmstream.api.presence import PRESENCE, Presence
 from llmstream.config import Settings
@@ -20,21 +25,27 @@ def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.App
 
     The gateway (store, models, scheduler) starts and ends with the application, unless an open one is given.
     """
-    app = web.Application(middlewares=[errors], client_max_size=settings.server.max_body_bytes)
+    middlewares: list[Middleware] = [observed, errors]
+    cors = Cors(settings.security.cors_origins)
+    if settings.security.cors_origins:
+        middlewares.append(cors.preflight)
+    if settings.authenticated:
+        middlewares.append(guard(settings.security))
+    app = web.Application(middlewares=middlewares, client_max_size=settings.server.max_body_bytes)
     app[STREAMS] = Streams()
     app[PRESENCE] = Presence()
     app[PINGS] = Pings(settings.server.ping_s)
-    for family in (openai, chat, jobs, health):
+    app[BODY_TIMEOUT_S] = settings.server.body_timeout_s
+    for family in (openai, chat, jobs, health, metrics):
         app.add_routes(family.routes)
     app.on_response_prepare.append(on_prepare)
+    if settings.security.cors_origins:
+        app.on_response_prepare.append(cors.on_prepare)
 
     async def life(app: web.Application) -> AsyncIterator[None]:
-        if gateway is not None:
-            app[GATEWAY] = gateway
-            yield
-            return
-        async with open_gateway(settings) as opened:
+        async with nullcontext(gateway) if gateway is not None else open_gateway(settings) as opened:
             app[GATEWAY] = opened
+            opened.observer.metrics.subscribers.source = lambda: {(): len(app[STREAMS])}
             yield
 
     app.cleanup_ctx.append(life)

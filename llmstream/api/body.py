@@ -10,10 +10,9 @@ import msgspec
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
+from llmstream.api.keys import BODY_TIMEOUT_S
 from llmstream.errors import BadRequest, BodyTooLarge
 
-READ_TIMEOUT_S = 30.0
-"""What a sender gets for its whole body."""
 MAX_DEPTH = 100
 """Brackets inside brackets. What is read here is written and read again in places with less stack to spare."""
 INVALID_JSON = "invalid_json"
@@ -24,12 +23,16 @@ ENCODINGS = frozenset({"", "identity", "gzip", "deflate", "br", "zstd"})
 Model = TypeVar("Model", bound=BaseModel)
 
 
-async def read_json(request: web.Request) -> dict[str, Any]:
-    """Reads a JSON object. Raises BadRequest, and BodyTooLarge before reading a body that is announced as too large."""
-    value = _decode(await _read(request))
+async def read_json(request: web.Request) -> tuple[dict[str, Any], bytes]:
+    """Reads a JSON object: what it says, and its bytes.
+
+    Raises BadRequest, and BodyTooLarge before reading a body that is announced as too large.
+    """
+    raw = await _read(request)
+    value = _decode(raw)
     if not isinstance(value, dict):
         raise BadRequest(f"The request body must be a JSON object, not {_kind(value)}.", code=INVALID_JSON)
-    return value
+    return value, raw
 
 
 async def _read(request: web.Request) -> bytes:
@@ -44,13 +47,13 @@ async def _read(request: web.Request) -> bytes:
             if len(raw) > limit:
                 raise _too_large(limit)
             return raw
-        async with asyncio.timeout(READ_TIMEOUT_S):
+        async with asyncio.timeout(request.app[BODY_TIMEOUT_S]):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise _too_large(limit) from None
     except TimeoutError:
-        raise BadRequest(f"The request body did not arrive within {READ_TIMEOUT_S:g} s.", status=408) from None
-    except (ConnectionError, asyncio.CancelledError):
+        raise slow_sender("body", "body_timeout_s", request.app[BODY_TIMEOUT_S]) from None
+    except (BodyTooLarge, ConnectionError, asyncio.CancelledError):
         raise
     except Exception:  # whatever the decoder raises
         raise unreadable() from None
@@ -120,6 +123,14 @@ def _path(loc: tuple[int | str, ...], value: Any) -> list[str]:
 
 def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"The request body is larger than {limit} bytes (server.max_body_bytes).")
+
+
+def slow_sender(part: str, setting: str, limit_s: float) -> BadRequest:
+    return BadRequest(
+        f"The request's {part} did not arrive within {limit_s:g} s (server.{setting}); send it faster.",
+        status=408,
+        code="request_timeout",
+    )
 
 
 def unsupported_encoding() -> BadRequest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from aiohttp import web
 
+from llmstream.api.access import PRINCIPAL, TOKEN, caller, needs
 from llmstream.api.body import read_json, validate
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
@@ -22,12 +23,14 @@ routes = web.RouteTableDef()
 
 
 @routes.post("/chat/async")
+@needs("generate")
 async def submit_chat(request: web.Request) -> web.Response:
     """Accepts a job and answers at once; the answer is read at ``stream_url``."""
     gateway = request.app[GATEWAY]
     schema, generate, known = await _read(request, gateway)
     job = await gateway.submit(
         generate,
+        principal=request.get(PRINCIPAL),
         priority=schema.priority,
         session_id=schema.session_id or new_id(),
         deadline_s=schema.deadline_s,
@@ -47,12 +50,14 @@ async def submit_chat(request: web.Request) -> web.Response:
 
 
 @routes.post("/chat")
+@needs("generate")
 async def chat(request: web.Request) -> web.StreamResponse:
     """Answers in the same response, streamed."""
     gateway = request.app[GATEWAY]
     schema, generate, known = await _read(request, gateway)
     job, follower = await gateway.start(
         generate,
+        principal=request.get(PRINCIPAL),
         priority=schema.priority,
         session_id=schema.session_id or new_id(),
         deadline_s=schema.deadline_s,
@@ -67,6 +72,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
 
 
 @routes.get("/stream/{session_id}", name=STREAM, allow_head=False)
+@needs("read", ticket=True)
 async def stream(request: web.Request) -> web.StreamResponse:
     """The latest answer of a session, or that of ``?task_id=``; goes on behind ``Last-Event-ID``.
 
@@ -76,11 +82,12 @@ async def stream(request: web.Request) -> web.StreamResponse:
     """
     gateway = request.app[GATEWAY]
     session_id = request.match_info["session_id"]
-    job_id = request.query.get("task_id") or await gateway.latest_job(session_id)
-    state = await gateway.job(job_id)
-    if (state.job.session_id or job_id) != session_id:
-        raise NotFound(f"Session {session_id!r} has no job {job_id!r}.")
-    after = position(request)
+    task_id, asks = request.query.get("task_id"), caller(request)
+    state = await asks.job(task_id) if task_id else await asks.latest_job(session_id)
+    job_id = state.job.id
+    if task_id and (state.job.session_id or task_id) != session_id:
+        raise NotFound(f"Session {session_id!r} has no job {task_id!r}.")
+    after = position(request, "event-stream")
     headers = {"x-job-id": job_id}
     if await gateway.exhausted(state, after):
         return web.Response(status=204, headers=headers)
@@ -89,34 +96,39 @@ async def stream(request: web.Request) -> web.StreamResponse:
 
 
 @routes.get("/chat/{task_id}")
+@needs("read")
 async def status(request: web.Request) -> web.Response:
     """How far a job has come, with the text so far."""
     gateway = request.app[GATEWAY]
-    state = await gateway.job(request.match_info["task_id"])
+    state = await caller(request).job(request.match_info["task_id"])
     return await _status(gateway, state)
 
 
 @routes.post("/chat/{task_id}/cancel")
 @routes.delete("/chat/{task_id}")
+@needs("generate")
 async def cancel(request: web.Request) -> web.Response:
     """Ends a job wherever it waits or runs; doing it twice is fine."""
     gateway = request.app[GATEWAY]
-    return await _status(gateway, await gateway.cancel(request.match_info["task_id"]))
+    return await _status(gateway, await caller(request).cancel(request.match_info["task_id"]))
 
 
 def stream_url(request: web.Request, job: Job, *, named: bool) -> str:
-    """Where a job is read; ``named`` where its session may hold several."""
-    url = request.app.router[STREAM].url_for(session_id=job.session_id or job.id)
-    return str(url.with_query(task_id=job.id) if named else url)
+    """Where a job is read, for a while also without a key; ``named`` where its session may hold several."""
+    session_id, query = job.session_id or job.id, {"task_id": job.id} if named else {}
+    access = request.app[GATEWAY].access
+    if access is not None:
+        query[TOKEN] = access.tickets.issue(job.principal, session_id, query.get("task_id"))
+    return str(request.app.router[STREAM].url_for(session_id=session_id).with_query(query))
 
 
 async def _read(request: web.Request, gateway: Gateway) -> tuple[ChatBody, GenerateRequest, Identity | None]:
-    body = await read_json(request)
+    body, raw = await read_json(request)
     schema = validate(ChatBody, body)
-    models = gateway.models
+    models = caller(request).models
     if schema.model is None and not models:
         raise BadRequest("No model is configured by name; say which one with 'model'.", param="model")
-    generate = chat_request(schema, body, schema.model or models[0].name)
+    generate = chat_request(schema, raw, schema.model or models[0].name)
     return schema, generate, identity(request, schema.job_id, body)
 
 

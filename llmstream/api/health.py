@@ -7,6 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
+from llmstream.api.access import needs, open_as
 from llmstream.api.keys import GATEWAY
 from llmstream.errors import StoreUnavailable
 from llmstream.store.lanes import Census
@@ -23,6 +24,7 @@ class _Totals:
 
 
 @routes.get("/health")
+@open_as("health")
 async def health(request: web.Request) -> web.Response:
     """Liveness: this process answers. Says nothing about what stands behind it."""
     gateway = request.app[GATEWAY]
@@ -33,6 +35,7 @@ async def health(request: web.Request) -> web.Response:
 
 
 @routes.get("/ready")
+@open_as("health")
 async def ready(request: web.Request) -> web.Response:
     """Readiness: 503 while new work had better go elsewhere, as the store is away or this replica drains."""
     reason = request.app[GATEWAY].unready
@@ -42,6 +45,7 @@ async def ready(request: web.Request) -> web.Response:
 
 
 @routes.get("/health/full")
+@open_as("health")
 async def health_full(request: web.Request) -> web.Response:
     """Everything behind this replica, with the time each look took; 503 when something is missing."""
     gateway = request.app[GATEWAY]
@@ -52,6 +56,7 @@ async def health_full(request: web.Request) -> web.Response:
 
 
 @routes.get("/stats")
+@needs("read")
 async def stats(request: web.Request) -> web.Response:
     """Lanes, waiting, running, replicas, rates and the time a new job would wait."""
     pools = await request.app[GATEWAY].stats()

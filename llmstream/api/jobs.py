@@ -6,6 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
+from llmstream.api.access import caller, needs
 from llmstream.api.chat import stream_url
 from llmstream.api.keys import GATEWAY
 from llmstream.errors import BadRequest, error_body
@@ -15,33 +16,35 @@ routes = web.RouteTableDef()
 
 
 @routes.get("/jobs")
+@needs("read")
 async def jobs(request: web.Request) -> web.Response:
     """The latest jobs, newest first, without their text."""
-    states = await request.app[GATEWAY].recent(_limit(request))
+    states = await caller(request).recent(_limit(request))
     return web.json_response({"object": "list", "data": [_row(state) for state in states]})
 
 
 @routes.get("/jobs/dead")
+@needs("read")
 async def dead(request: web.Request) -> web.Response:
     """Jobs that failed after all their attempts, latest first, each with the reason."""
-    states = await request.app[GATEWAY].dead(_limit(request))
+    states = await caller(request).dead(_limit(request))
     rows = [{**_row(state), "error": error_body(state.failure)["error"] if state.failure else None} for state in states]
     return web.json_response({"object": "list", "data": rows})
 
 
 @routes.post("/jobs/{task_id}/requeue")
+@needs("generate")
 async def requeue(request: web.Request) -> web.Response:
     """Runs a failed or cancelled job once more, as a new job; doing it twice is fine."""
-    gateway, old_id = request.app[GATEWAY], request.match_info["task_id"]
-    job = await gateway.requeue(old_id)
-    state = await gateway.job(job.id)
+    job = await caller(request).requeue(request.match_info["task_id"])
+    state = await request.app[GATEWAY].job(job.id)
     return web.json_response(
         {
             "status": state.status,
             "task_id": job.id,
             "session_id": job.session_id,
             "stream_url": stream_url(request, job, named=True),
-            "continues": old_id,
+            "continues": job.continues,
         },
         status=202,
         headers={"x-job-id": job.id},

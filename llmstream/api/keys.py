@@ -20,6 +20,9 @@ class Streams:
     def add(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
 
+    def __len__(self) -> int:
+        return len(self._tasks)
+
     def discard(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
 
@@ -34,3 +37,4 @@ class Streams:
 GATEWAY = web.AppKey("gateway", Gateway)
 STREAMS = web.AppKey("streams", Streams)
 PINGS = web.AppKey("pings", Pings)
+BODY_TIMEOUT_S = web.AppKey("body_timeout_s", float)

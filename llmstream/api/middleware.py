@@ -1,45 +1,25 @@
-"""Around every request: an id, the time it took, and errors in one shape."""
+"""Around every request: errors in one shape."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
-import re
-import secrets
-import time
-from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from llmstream.errors import BadRequest, LLMStreamError, error_body
+from llmstream.api.observing import CLIENT_LEFT, REQUEST_ID, Handler
+from llmstream.errors import BadRequest, Forbidden, LLMStreamError, Unauthorized, error_body
 from llmstream.types import Failure
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-CLIENT_LEFT = 499
-"""Nobody reads it; it keeps a client's leave out of the log of errors."""
-STARTED = web.RequestKey("started", float)
-REQUEST_ID = web.RequestKey("request_id", str)
-_GIVEN_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+CHALLENGE = 'Bearer realm="llmstream"'
 
 logger = logging.getLogger(__name__)
 
 
-async def on_prepare(request: web.Request, response: web.StreamResponse) -> None:
-    """Adds the headers that every response bears, streams included."""
-    started = request.get(STARTED)
-    if started is not None:
-        response.headers["X-Process-Time"] = f"{time.perf_counter() - started:.6f}"
-    response.headers["x-request-id"] = request.get(REQUEST_ID) or secrets.token_hex(8)
-
-
 @web.middleware
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Gives the request its id and turns every error into the OpenAI error body."""
-    request[STARTED] = time.perf_counter()
-    given = request.headers.get("x-request-id", "")
-    request[REQUEST_ID] = given if _GIVEN_ID.fullmatch(given) else secrets.token_hex(8)
+    """Turns every error into the OpenAI error body."""
     response = await _answer(request, handler)
     if response.status >= 400 and not request.content.is_eof():
         response.force_close()  # nobody will read the rest of the body
@@ -50,7 +30,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except LLMStreamError as error:
-        return _response(error.failure(), error.http_status, error.retry_after)
+        return _response(error.failure(), error.http_status, error.retry_after, _challenge(error))
     except web.HTTPException as error:
         return refusal(request, error)
     except asyncio.CancelledError:
@@ -58,7 +38,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     except Exception as error:
         if isinstance(error, ConnectionError) and request.transport is None:
             return web.Response(status=CLIENT_LEFT)
-        logger.exception("%s %s failed", request.method, request.path, extra={"request_id": request[REQUEST_ID]})
+        logger.exception("%s %s failed", request.method, request.path)
         failure = Failure(
             message=f"Something went wrong inside llmstream; its log has the details under {request[REQUEST_ID]}.",
             code="internal_error",
@@ -73,10 +53,16 @@ def refusal(request: web.BaseRequest, error: web.HTTPException) -> web.Response:
     return _response(_http_failure(request, error), error.status, None, dict(error.headers))
 
 
+def _challenge(error: LLMStreamError) -> dict[str, str] | None:
+    if isinstance(error, Unauthorized):
+        return {"WWW-Authenticate": CHALLENGE}
+    return {"WWW-Authenticate": f'{CHALLENGE}, error="insufficient_scope"'} if isinstance(error, Forbidden) else None
+
+
 def _response(
     failure: Failure, status: int, retry_after: float | None, headers: dict[str, str] | None = None
 ) -> web.Response:
-    kept = {"Allow": headers["Allow"]} if headers and "Allow" in headers else {}
+    kept = {name: value for name, value in (headers or {}).items() if name in {"Allow", "WWW-Authenticate"}}
     if status == 409:
         kept["x-should-retry"] = "false"  # official SDKs would otherwise repeat what stays refused
     if retry_after is None and status in {429, 503}:

@@ -8,9 +8,11 @@ from urllib.parse import quote
 import msgspec
 from aiohttp import web
 
+from llmstream.api.access import PRINCIPAL, caller, needs
 from llmstream.api.body import read_json, validate
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
+from llmstream.api.observing import note_upstream
 from llmstream.api.presence import Attended
 from llmstream.api.render import CANCELLED, ChatFormat, chat_completion, completion_id
 from llmstream.api.schemas import ChatCompletionBody, openai_request
@@ -28,42 +30,48 @@ routes = web.RouteTableDef()
 
 
 @routes.post("/v1/chat/completions")
+@needs("generate")
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """Generates an answer: as a stream that can be resumed, or whole."""
     gateway = request.app[GATEWAY]
-    body = await read_json(request)
+    body, raw = await read_json(request)
     schema = validate(ChatCompletionBody, body)
     disconnect = gateway.settings.disconnect
+    known = identity(request, schema.job_id, body)
     job, follower = await gateway.start(
-        openai_request("chat", schema, body),
+        openai_request("chat", schema, body, raw),
+        principal=request.get(PRINCIPAL),
         priority=schema.priority,
         session_id=schema.session_id,
         deadline_s=schema.deadline_s,
         durability=schema.durability,
-        identity=identity(request, schema.job_id, body),
+        identity=known,
         grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),
         restarts=not schema.stream or (schema.on_cut or gateway.settings.retry.on_cut) == "restart",
     )
     headers, stream = _headers(request, job), schema.stream
-    wire = ChatFormat(job, include_usage=schema.include_usage)
-    del schema, body  # a stream may be open for hours
+    begins_at = await _skip_to_restart(gateway, job, follower) if known is not None and known.named else None
+    wire = ChatFormat(job, include_usage=schema.include_usage, begins_at=begins_at)
+    del schema, body, raw  # a stream may be open for hours
     if stream:
+        del job
         return await serve(request, follower, wire, headers=headers)
     with follower:
         return await _whole(request, job, follower, headers)
 
 
 @routes.get("/v1/chat/completions/{completion_id}", name=COMPLETION, allow_head=False)
+@needs("read")
 async def get_chat_completion(request: web.Request) -> web.StreamResponse:
     """A stored completion; with ``?stream=true`` its stream, from the beginning or behind ``Last-Event-ID``."""
     gateway = request.app[GATEWAY]
-    job_id = request.match_info["completion_id"].removeprefix("chatcmpl-")
-    state = await gateway.job(job_id)
+    state = await caller(request).job(request.match_info["completion_id"].removeprefix("chatcmpl-"))
+    job_id = state.job.id
     if state.job.request.kind != "chat":
         raise NotFound(f"Job {job_id!r} is not a chat completion.")
     headers = _headers(request, state.job)
     if _flag(request, "stream"):
-        after = position(request)
+        after = position(request, "openai")
         if await gateway.exhausted(state, after):
             return web.Response(status=204, headers=headers)
         restart = await gateway.last_restart(job_id) if state.attempt > 1 and after == BEGINNING else None
@@ -76,35 +84,48 @@ async def get_chat_completion(request: web.Request) -> web.StreamResponse:
 
 
 @routes.get("/v1/models")
+@needs("read")
 async def list_models(request: web.Request) -> web.Response:
     """What this service can run now."""
-    gateway = request.app[GATEWAY]
-    return web.json_response({"object": "list", "data": [_model(gateway, model) for model in gateway.models]})
+    return web.json_response({"object": "list", "data": [_model(model) for model in caller(request).models]})
 
 
 @routes.get("/v1/models/{model:.+}")
+@needs("read")
 async def get_model(request: web.Request) -> web.Response:
     """One model."""
-    gateway, name = request.app[GATEWAY], request.match_info["model"]
-    for model in gateway.models:
+    name = request.match_info["model"]
+    for model in caller(request).models:
         if model.name == name:
-            return web.json_response(_model(gateway, model))
+            return web.json_response(_model(model))
     raise ModelNotFound(f"The model {name!r} does not exist here; GET /v1/models lists what does.", param="model")
+
+
+class _Gathered:
+    """A log as one transcript."""
+
+    __slots__ = ("_transcript",)
+
+    def __init__(self, transcript: Transcript) -> None:
+        self._transcript = transcript
+
+    def put(self, entry: Entry) -> bool:
+        self._transcript.extend(entry.payloads, entry.last)
+        return True
+
+    def write(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            self.put(entry)
+
+    async def drained(self) -> None:
+        """There is always room."""
 
 
 async def _whole(request: web.Request, job: Job, follower: Follower, headers: dict[str, str]) -> web.Response:
     transcript = Transcript()
-
-    def put(entry: Entry) -> bool:
-        transcript.extend(entry.payloads, entry.last)
-        return True
-
-    async def write(entries: list[Entry]) -> None:
-        for entry in entries:
-            put(entry)
-
     async with Attended(request, follower):
-        await deliver(follower, put, write)
+        await deliver(follower, _Gathered(transcript))
+    note_upstream(request, follower)
     finished = transcript.finished
     failure = finished.failure if finished else None
     if finished is not None and finished.status == "cancelled":
@@ -115,6 +136,19 @@ async def _whole(request: web.Request, job: Job, follower: Follower, headers: di
         return web.json_response(error_body(failure), status=status, headers={**headers, "x-should-retry": "false"})
     body = msgspec.json.encode(chat_completion(job, transcript))
     return web.Response(body=body, headers={**headers, "Content-Type": "application/json; charset=utf-8"})
+
+
+async def _skip_to_restart(gateway: Gateway, job: Job, follower: Follower) -> EventId | None:
+    """A reader of a job that is not new begins where the answer last started over: what came before is void."""
+    try:
+        state = await gateway.job(job.id)
+        restart = await gateway.last_restart(job.id) if state.attempt > 1 else None
+    except BaseException:
+        follower.close()
+        raise
+    if restart is not None:
+        follower.position = EventId(restart.attempt, restart.seq - 1)
+    return restart
 
 
 def _headers(request: web.Request, job: Job) -> dict[str, str]:
@@ -136,7 +170,7 @@ def _flag(request: web.Request, name: str) -> bool:
     return value in {"true", "1"}
 
 
-def _model(gateway: Gateway, model: ModelInfo) -> dict[str, object]:
+def _model(model: ModelInfo) -> dict[str, object]:
     body: dict[str, object] = {
         "id": model.name,
         "object": "model",

@@ -9,11 +9,16 @@ import socket
 from typing import Any
 
 from aiohttp import http_exceptions, web
+from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_protocol import _ErrInfo
 
-from llmstream.api.body import unreadable, unsupported_encoding
+from llmstream.api.body import slow_sender, unreadable, unsupported_encoding
+from llmstream.api.keys import GATEWAY
 from llmstream.api.middleware import refusal
+from llmstream.api.observing import UNKNOWN
 from llmstream.api.pings import STALL_S
 from llmstream.errors import BadRequest, LLMStreamError, error_body
+from llmstream.telemetry.observer import OTHER, Observer
 from llmstream.types import Failure
 
 LINGER_S = 1.0
@@ -26,22 +31,33 @@ logger = logging.getLogger(__name__)
 
 
 class Runner(web.AppRunner):
-    """Runs an application on connections that answer broken requests in the same shape as all others."""
+    """Runs an application on connections that answer broken requests in the same shape as all others.
+
+    A sender gets ``header_timeout_s`` to begin, and again to complete, the headers of a request.
+    """
+
+    def __init__(self, app: web.Application, *, header_timeout_s: float, **kwargs: Any) -> None:
+        super().__init__(app, **kwargs)
+        self._header_timeout_s = header_timeout_s
 
     async def _make_server(self) -> web.Server:
         # Does what the application needs to start; its server only lends the two functions that lead into it.
         server = await super()._make_server()
-        handler = _in_one_shape(server.request_handler)
-        return _Server(handler, request_factory=server.request_factory, **self._kwargs)
+        gateway = self.app.get(GATEWAY)
+        observer = gateway.observer if gateway is not None else Observer()
+        handler = _in_one_shape(server.request_handler, observer)
+        made_with = {"header_timeout_s": self._header_timeout_s, "observer": observer, **self._kwargs}
+        return _Server(handler, request_factory=server.request_factory, **made_with)
 
 
-def _in_one_shape(handler: Any) -> Any:
+def _in_one_shape(handler: Any, observer: Observer) -> Any:
     """Some refusals, that of an unknown ``Expect`` for one, are raised before the middlewares are entered."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         try:
             answer: web.StreamResponse = await handler(request)
         except web.HTTPException as error:
+            observer.requested(request.method, UNKNOWN, error.status, 0.0)
             return refusal(request, error)
         return answer
 
@@ -49,8 +65,9 @@ def _in_one_shape(handler: Any) -> Any:
 
 
 class _Server(web.Server):
-    def __init__(self, handler: Any, *, request_factory: Any, **kwargs: Any) -> None:
+    def __init__(self, handler: Any, *, request_factory: Any, observer: Observer, **kwargs: Any) -> None:
         super().__init__(handler, request_factory=request_factory)
+        self.observer = observer
         self._made_with = kwargs
 
     def __call__(self) -> web.RequestHandler:
@@ -60,10 +77,46 @@ class _Server(web.Server):
 class Connection(web.RequestHandler):
     """One client's connection."""
 
-    __slots__ = ()
+    __slots__ = ("_began", "_header_deadline", "_header_timeout_s")
+
+    def __init__(self, manager: web.Server, *, header_timeout_s: float, **kwargs: Any) -> None:
+        super().__init__(manager, **kwargs)
+        self._header_timeout_s = header_timeout_s
+        self._header_deadline: asyncio.TimerHandle | None = None
+        self._began = False
+        """Whether the client has said anything."""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._began = True
+        waiter = self._waiter
+        if self._messages or self._request_in_progress or (waiter is not None and waiter.done()):
+            if self._header_deadline is not None:
+                self._header_deadline.cancel()
+                self._header_deadline = None
+        elif self._header_deadline is None:
+            self._expect_headers()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._header_deadline is not None:
+            self._header_deadline.cancel()
+        super().connection_lost(exc)
+
+    def _expect_headers(self) -> None:
+        self._header_deadline = self._loop.call_later(self._header_timeout_s, self._cut_slow_sender)
+
+    def _cut_slow_sender(self) -> None:
+        waiter = self._waiter
+        if not self._began or waiter is None or waiter.done():
+            self.force_close()  # an answer to nothing would be taken for one to the next request
+            return
+        error = slow_sender("headers", "header_timeout_s", self._header_timeout_s)
+        self._messages.append((_ErrInfo(status=error.http_status, exc=error, message=error.message), EMPTY_PAYLOAD))
+        waiter.set_result(None)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._expect_headers()
         connection = transport.get_extra_info("socket")
         if _TCP_USER_TIMEOUT is not None and connection is not None and connection.family in _TCP_FAMILIES:
             # A host that vanished without a word would otherwise keep its streams for a quarter of an hour.
@@ -87,15 +140,18 @@ class Connection(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("a part of another answer has been sent already")
         request_id = secrets.token_hex(8)
-        if isinstance(exc, http_exceptions.HttpProcessingError):
-            error = _refusal(exc)
+        if isinstance(exc, http_exceptions.HttpProcessingError | LLMStreamError):
+            error = exc if isinstance(exc, LLMStreamError) else _refusal(exc)
             logger.info("refused bytes of %s: %s", request.remote, error.message, extra={"request_id": request_id})
             failure, status = error.failure(), error.http_status
         else:
             if not isinstance(exc, ConnectionError):
                 logger.error("a request failed", exc_info=exc, extra={"request_id": request_id})
             failure = Failure(message=f"Something went wrong inside llmstream ({request_id}).", code="internal_error")
-        response = web.json_response(error_body(failure), status=status, headers={"x-request-id": request_id})
+        if isinstance(self._manager, _Server):
+            self._manager.observer.requested(OTHER, UNKNOWN, status, 0.0)
+        headers = {"x-request-id": request_id, "X-Process-Time": "0.000000"}
+        response = web.json_response(error_body(failure), status=status, headers=headers)
         response.force_close()
         return response
 

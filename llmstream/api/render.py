@@ -115,7 +115,7 @@ class ChatFormat:
         self.key = ("chat", include_usage, begins_at)
         self._include_usage = include_usage
         self._begins_at = begins_at
-        self._job = job
+        self._choices = job.request.choices
         head = {
             "id": completion_id(job),
             "object": "chat.completion.chunk",
@@ -142,7 +142,7 @@ class ChatFormat:
     def _roles(self, attempt: int, seq: int) -> bytes:
         roles = b",".join(
             b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}' % index
-            for index in range(self._job.request.choices)
+            for index in range(self._choices)
         )
         return b'id: %d-%d\ndata: %s,"choices":[%s]}\n\n' % (attempt, seq, self._head, roles)
 
@@ -174,12 +174,13 @@ def completion_id(job: Job) -> str:
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
-    return {
+    body = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
         **(usage.details or {}),
     }
+    return body if usage.cost is None else {**body, "cost": usage.cost}
 
 
 def chat_completion(job: Job, transcript: Transcript) -> dict[str, Any]:

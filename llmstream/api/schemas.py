@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
+import msgspec
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -18,7 +19,7 @@ from pydantic import (
 )
 
 from llmstream.config import OnCut, OnDisconnect
-from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Durability, GenerateRequest, Kind
+from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Durability, GenerateRequest, Kind, encode
 
 Number = StrictFloat  # takes whole numbers, too
 Tokens = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
@@ -31,6 +32,8 @@ EXTENSIONS = frozenset({
     "provider", "priority", "session_id", "deadline_s", "job_id", "on_disconnect", "on_cut", "durability",
 })  # fmt: skip
 """Fields of ours in an OpenAI body; upstreams never see them."""
+
+_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Message(BaseModel):
@@ -129,16 +132,21 @@ class ChatBody(BaseModel):
         return self
 
 
-def openai_request(kind: Kind, schema: OpenAIBody, body: dict[str, Any]) -> GenerateRequest:
-    """The request as the gateway takes it: the caller's own body without our extensions."""
-    kept = {key: value for key, value in body.items() if key not in EXTENSIONS}
-    return GenerateRequest(kind=kind, model=schema.model, body=kept, provider=schema.provider)
+def openai_request(kind: Kind, schema: OpenAIBody, body: dict[str, Any], raw: bytes) -> GenerateRequest:
+    """The request as the gateway takes it: the caller's own bytes without our extensions."""
+    kept = msgspec.Raw(raw) if EXTENSIONS.isdisjoint(body) else msgspec.Raw(encode(_own(raw)))
+    return GenerateRequest(kind=kind, model=schema.model, raw=kept, provider=schema.provider)
 
 
-def chat_request(schema: ChatBody, body: dict[str, Any], default_model: str) -> GenerateRequest:
+def chat_request(schema: ChatBody, raw: bytes, default_model: str) -> GenerateRequest:
     """A native chat body as an OpenAI one; fields beside ours travel on."""
-    kept = {key: value for key, value in body.items() if key not in EXTENSIONS | {"message"}}
-    model = kept["model"] = schema.model or default_model
-    if schema.message is not None:
-        kept["messages"] = [{"role": "user", "content": schema.message}]
-    return GenerateRequest(kind="chat", model=model, body=kept, provider=schema.provider)
+    kept, model = _own(raw), schema.model or default_model
+    kept["model"] = msgspec.Raw(encode(model))
+    if (said := kept.pop("message", None)) is not None and schema.message is not None:
+        kept["messages"] = msgspec.Raw(b'[{"role":"user","content":%b}]' % said)
+    return GenerateRequest(kind="chat", model=model, raw=msgspec.Raw(encode(kept)), provider=schema.provider)
+
+
+def _own(raw: bytes) -> dict[str, msgspec.Raw]:
+    """The members of a body that are not ours, as they came."""
+    return {key: value for key, value in _members(raw).items() if key not in EXTENSIONS}

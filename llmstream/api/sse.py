@@ -7,14 +7,15 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import StreamWriter
 from aiohttp_sse import EventSourceResponse
 
-from llmstream.api.keys import PINGS, STREAMS
+from llmstream.api.keys import GATEWAY, PINGS, STREAMS
+from llmstream.api.observing import note_upstream
 from llmstream.api.pings import STALL_S, Pings
 from llmstream.api.presence import Attended
 from llmstream.api.render import Format, render_entry
@@ -81,6 +82,11 @@ class Stream(EventSourceResponse):
                     writer.write(frames, drain=False).send(None)
         return transport.get_write_buffer_size() < CONGESTED_BYTES
 
+    async def drained(self) -> None:
+        """Waits while the client takes less than it is sent. Raises ConnectionError when it is gone."""
+        assert self._writer is not None
+        await self._writer.drain()
+
     def look(self, now: float) -> None:
         """Called by :class:`Pings`."""
         writer, transport = self._writer, self._transport
@@ -109,8 +115,11 @@ class Stream(EventSourceResponse):
         await super().__aexit__(kind, error, trace)
 
 
-def position(request: web.Request) -> EventId:
-    """Where a client wants to go on: ``Last-Event-ID`` header, ``?last_event_id=`` or ``?starting_after=``."""
+def position(request: web.Request, protocol: str) -> EventId:
+    """Where a client wants to go on: ``Last-Event-ID`` header, ``?last_event_id=`` or ``?starting_after=``.
+
+    ``protocol`` names what it speaks, for the metrics.
+    """
     for name, text in (
         ("Last-Event-ID", request.headers.get("Last-Event-ID")),
         ("last_event_id", request.query.get("last_event_id")),
@@ -118,9 +127,12 @@ def position(request: web.Request) -> EventId:
     ):
         if text:
             try:
-                return EventId.parse(text)
+                found = EventId.parse(text)
             except ValueError as error:
                 raise BadRequest(f"{name}: {error}.", param=name) from None
+            if found != BEGINNING:
+                request.app[GATEWAY].observer.metrics.resumes.add(protocol)
+            return found
     return BEGINNING
 
 
@@ -163,24 +175,39 @@ async def serve(
             request.transport.abort()
     finally:
         streams.discard(task)
+        note_upstream(request, follower)
     return response
 
 
-async def deliver(
-    follower: Follower, put: Callable[[Entry], bool], write: Callable[[list[Entry]], Awaitable[None]]
-) -> None:
-    """Reads a log to its end: what is logged from now on goes to ``put`` at that very moment; what has gathered, or
-    comes after ``put`` returned False, goes to ``write``. While the store is away the reader waits: the answer is
-    still coming.
+class Outlet(Protocol):
+    """Where a log goes to."""
+
+    def put(self, entry: Entry) -> bool:
+        """Takes an entry at the moment it is logged; False: wait for ``drained`` before there is more."""
+
+    def write(self, entries: list[Entry]) -> None:
+        """Takes what has gathered."""
+
+    async def drained(self) -> None:
+        """Returns when there is room for more."""
+
+
+async def deliver(follower: Follower, outlet: Outlet) -> None:
+    """Reads a log to its end. Nothing is read ahead for an outlet without room, so that one that stalls holds nothing.
+    While the store is away the reader waits: the answer is still coming.
 
     Raises NotFound when the log has expired, StoreError when this version cannot read it.
     """
     while True:
         try:
-            await follower.push(put)
+            await follower.push(outlet.put)
+            await outlet.drained()
             async for entries in follower:
-                await write(entries)
-                await follower.push(put)
+                outlet.write(entries)
+                del entries
+                await outlet.drained()
+                await follower.push(outlet.put)
+                await outlet.drained()
             return
         except StoreError:
             raise
@@ -189,23 +216,36 @@ async def deliver(
             await asyncio.sleep(error.retry_after or 1.0)
 
 
-async def _pump(response: Stream, follower: Follower, wire: Format) -> None:
-    def put(entry: Entry) -> bool:
-        frames = render_entry(entry, wire)
-        if entry.terminal:
-            response.ending = frames
-            return True
-        return response.put(frames)
+class _Frames:
+    """Entries as frames of one wire format."""
 
-    async def write(entries: list[Entry]) -> None:
-        frames = b"".join([render_entry(entry, wire) for entry in entries])
+    __slots__ = ("_response", "_wire")
+
+    def __init__(self, response: Stream, wire: Format) -> None:
+        self._response = response
+        self._wire = wire
+
+    def put(self, entry: Entry) -> bool:
+        frames = render_entry(entry, self._wire)
+        if not entry.terminal:
+            return self._response.put(frames)
+        self._response.ending = frames
+        return True
+
+    def write(self, entries: list[Entry]) -> None:
+        frames = b"".join([render_entry(entry, self._wire) for entry in entries])
         if entries[-1].terminal:
-            response.ending = frames
+            self._response.ending = frames
         else:
-            await response.write(frames)
+            self._response.put(frames)
 
+    async def drained(self) -> None:
+        await self._response.drained()
+
+
+async def _pump(response: Stream, follower: Follower, wire: Format) -> None:
     try:
-        await deliver(follower, put, write)
+        await deliver(follower, _Frames(response, wire))
     except LLMStreamError as error:
         # Ending without a word would look like the end of the answer.
         logger.warning("a stream ended early: %s", error.message)

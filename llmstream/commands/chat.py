@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import secrets
 import shlex
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
+
+from pydantic import SecretStr
 
 from llmstream.commands.answer import Answer, Ending, Unfinished
 from llmstream.commands.options import program, read_settings, repeated
@@ -17,9 +20,10 @@ from llmstream.commands.service import Service, Unreachable, open_finder
 from llmstream.commands.terminal import Output, say
 from llmstream.commands.timings import Timings
 from llmstream.config import Settings
+from llmstream.config_security import KeySettings
 from llmstream.errors import ConfigError, LLMStreamError
 from llmstream.telemetry import setup_logging
-from llmstream.types import EventId
+from llmstream.types import LOCAL, EventId
 
 OPTIONS = ("model", "max_tokens", "temperature", "priority")
 
@@ -150,8 +154,9 @@ async def find_or_embed(settings: Settings, args: argparse.Namespace) -> AsyncIt
         setup_logging(settings.logging if args.debug else settings.logging.model_copy(update={"level": "ERROR"}))
         say("No server is running; this process answers itself.")
         with Bars() as bars:
-            async with Server(_private(settings), progress=bars) as server:
-                service = finder.at(server.url)
+            key = secrets.token_urlsafe(32)
+            async with Server(_private(settings, key), progress=bars) as server:
+                service = finder.at(server.url, key)
 
                 async def same() -> Service:
                     return service
@@ -159,7 +164,8 @@ async def find_or_embed(settings: Settings, args: argparse.Namespace) -> AsyncIt
                 yield Host(service, same, embedded=True)
 
 
-def _private(settings: Settings) -> Settings:
-    """Settings for a server of our own: any free port, and no waiting for jobs when we leave."""
+def _private(settings: Settings, key: str) -> Settings:
+    """Settings for a server of our own: any free port, nobody else's keys, and no waiting for jobs when we leave."""
     server = settings.server.model_copy(update={"host": "127.0.0.1", "port": 0, "shutdown_grace_s": 0.0})
-    return settings.model_copy(update={"server": server})
+    keys = {LOCAL: KeySettings(value=SecretStr(key), scopes=["admin"])}
+    return settings.model_copy(update={"server": server, "keys": keys})

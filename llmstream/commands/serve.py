@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmstream import __version__
 from llmstream.commands.options import program, read_settings
@@ -18,8 +19,14 @@ from llmstream.commands.server_file import ServerFile
 from llmstream.commands.terminal import forget_stdout, has_terminal, say
 from llmstream.config import Settings, print_config
 from llmstream.config_schema import mask_url
-from llmstream.processes import collect_less
+from llmstream.errors import ConfigError
+from llmstream.processes import collect_less, open_more_files
 from llmstream.telemetry import setup_logging
+
+if TYPE_CHECKING:
+    from llmstream.replicas.supervisor import Replicas
+
+logger = logging.getLogger(__name__)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,13 +35,15 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(print_config(settings))
         return 0
     setup_logging(settings.logging)
+    open_more_files()  # worker processes inherit it
     grace_s = settings.server.shutdown_grace_s
 
     def on_stop() -> None:
         say(f"Stopping; what runs gets up to {grace_s:g} s, the rest is kept. Ctrl-C again stops at once.")
 
-    serve = _serve if settings.server.workers == 1 else _serve_replicas
-    return run_to_end(lambda: serve(settings), on_stop=on_stop)
+    if settings.server.workers == 1:
+        return run_to_end(lambda: _serve(settings), on_stop=on_stop)
+    return run_to_end(lambda: _serve_replicas(settings, lambda: read_settings(args)), on_stop=on_stop)
 
 
 async def _serve(settings: Settings) -> int:
@@ -55,7 +64,7 @@ async def _serve(settings: Settings) -> int:
     return 0
 
 
-async def _serve_replicas(settings: Settings) -> int:
+async def _serve_replicas(settings: Settings, read_again: Callable[[], Settings]) -> int:
     from llmstream.replicas.supervisor import Replicas
 
     serving = False
@@ -63,13 +72,20 @@ async def _serve_replicas(settings: Settings) -> int:
         with Bars() as bars:
             async with Replicas(settings, progress=bars) as replicas:
                 serving = True
-                _restart_on_signals(replicas.restart)
+                _restart_on_signals(lambda: _restart(replicas, read_again))
                 store = await replicas.store.health()
                 await _until_stopped(settings, replicas.url, facts(settings, replicas.url, replicas.models, store))
     except asyncio.CancelledError:
         if not serving:
             raise
     return 0
+
+
+def _restart(replicas: Replicas, read_again: Callable[[], Settings]) -> None:
+    try:
+        replicas.restart(read_again())
+    except ConfigError as error:
+        logger.error("nothing is restarted, the old configuration stays: %s", error.message)
 
 
 def _restart_on_signals(restart: Callable[[], None]) -> None:
@@ -101,12 +117,13 @@ async def _until_stopped(settings: Settings, url: str, lines: Sequence[str]) -> 
 def facts(settings: Settings, url: str, models: Sequence[str], store: Mapping[str, Any]) -> list[str]:
     """What one wants to know about a server that just began to listen, a line for each."""
     workers = settings.server.workers
+    shown = '-H "Authorization: Bearer $LLMSTREAM_API_KEY" ' if settings.authenticated else ""
     return [
         f"llmstream {__version__} listens on {url}" + (f" with {workers} workers" if workers > 1 else ""),
         f"models  {', '.join(models) or 'whatever the providers serve'}",
         f"store   {_store(settings, store)}",
         f'try     {program()} chat "Why is the sky blue?"',
-        f"        curl -N {url}/chat -H 'Content-Type: application/json' -d '{{\"message\": \"Hello!\"}}'",
+        f"        curl -N {url}/chat {shown}-H 'Content-Type: application/json' -d '{{\"message\": \"Hello!\"}}'",
     ]
 
 

@@ -12,6 +12,7 @@ from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout
 from llmstream.commands.options import program
 from llmstream.commands.server_file import ServerFile
 from llmstream.config import Settings
+from llmstream.config_sources import CLIENT_VARIABLE
 from llmstream.errors import LLMStreamError
 
 URL_VARIABLE = "LLMSTREAM_URL"
@@ -30,9 +31,10 @@ class Unreachable(LLMStreamError):
 class Service:
     """One server over HTTP. Raises Unreachable, and LLMStreamError with the server's own message."""
 
-    def __init__(self, http: ClientSession, url: str) -> None:
+    def __init__(self, http: ClientSession, url: str, key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self._http = http
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def get(self, path: str, **query: str | int) -> dict[str, Any]:
         return await self._call("GET", path, params=query)
@@ -49,21 +51,22 @@ class Service:
     ) -> AbstractAsyncContextManager[ClientResponse]:
         """Opens a stream; the caller looks at its status."""
         timeout = ClientTimeout(total=None, sock_connect=PROBE_S, sock_read=SILENCE_S)
-        return self._http.get(self.url + path, params=query, headers=headers, timeout=timeout)
+        return self._http.get(self.url + path, params=query, headers={**self._headers, **headers}, timeout=timeout)
 
     async def healthy(self) -> bool:
         """Whether a server of this kind answers at the URL."""
         try:
-            async with self._http.get(f"{self.url}/health", timeout=ClientTimeout(total=PROBE_S)) as response:
+            timeout = ClientTimeout(total=PROBE_S)
+            async with self._http.get(f"{self.url}/health", headers=self._headers, timeout=timeout) as response:
                 body = await response.json()
         except (ClientError, OSError, ValueError, TimeoutError):
             return False
         return isinstance(body, dict) and "model_loaded" in body
 
     async def _call(self, method: str, path: str, *, accepted: int = 200, **options: Any) -> dict[str, Any]:
-        timeout = ClientTimeout(total=CALL_S)
+        timeout, url = ClientTimeout(total=CALL_S), self.url + path
         try:
-            async with self._http.request(method, self.url + path, timeout=timeout, **options) as response:
+            async with self._http.request(method, url, headers=self._headers, timeout=timeout, **options) as response:
                 if response.status >= 400 and response.status != accepted:
                     raise await refusal(response)
                 body: dict[str, Any] = await response.json()
@@ -77,20 +80,21 @@ class Finder:
 
     def __init__(self, http: ClientSession, settings: Settings, url: str | None) -> None:
         self._http = http
+        self._key = os.environ.get(CLIENT_VARIABLE)
         self.given = url or os.environ.get(URL_VARIABLE) or None
         self._file = ServerFile(settings.data_dir)
         host = settings.server.host
         self._configured = f"http://{f'[{host}]' if ':' in host else host}:{settings.server.port}"
         self._port_known = settings.server.port != 0
 
-    def at(self, url: str) -> Service:
-        """The server at a known URL."""
-        return Service(self._http, url)
+    def at(self, url: str, key: str | None = None) -> Service:
+        """The server at a known URL, with a key of its own."""
+        return Service(self._http, url, key)
 
     async def find(self) -> Service | None:
         """The server named by ``--url`` or LLMSTREAM_URL, else the one of the data directory, else of the settings."""
         for url in self._candidates():
-            service = Service(self._http, url)
+            service = Service(self._http, url, self._key)
             if await service.healthy():
                 return service
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from llmstream.errors import UpstreamBroken
 from llmstream.transcript import Transcript
@@ -66,8 +66,17 @@ class Provider(Protocol):
 
         Puts only what is new. The last deltas carry ``finish_reason`` per choice and ``usage`` (of the whole answer,
         what ``so_far`` holds included). Ending without a finish reason is an error of the provider, which raises
-        UpstreamBroken instead. Cancelling stops the model at once. Raises ProviderError.
+        UpstreamBroken instead. Cancelling stops the model at once. Raises ProviderError, and CannotContinue where
+        ``so_far`` turns out to be of no use.
         """
 
     async def health(self) -> dict[str, object]:
         """A quick look: ``{"status": "ok" | "error", …details}``; never raises."""
+
+
+@runtime_checkable
+class Lasting(Protocol):
+    """A provider whose generations may outlive the request for them."""
+
+    async def stop(self, job_id: str) -> None:
+        """Ends what still runs for a job that is over; returns soon and never raises."""

@@ -7,8 +7,9 @@ same stream read in one pass. The SDK looks at the API's health.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 from urllib.parse import parse_qsl, urlsplit
@@ -18,21 +19,28 @@ import msgspec
 import openai
 
 from llmstream.config import ProviderSettings
-from llmstream.errors import ConfigError, ProviderError, UpstreamBroken, UpstreamUnreachable
-from llmstream.providers.base import Sink
+from llmstream.errors import ConfigError, ProviderError, UpstreamBroken, UpstreamRejected, UpstreamUnreachable
+from llmstream.providers.abilities import check_capabilities, plain_text, told
+from llmstream.providers.base import CannotContinue, Sink
 from llmstream.providers.chunks import Answer, ChunkStream, WholeAnswer
+from llmstream.providers.continuing import Continued, produced_tokens
 from llmstream.providers.http.client import Client
 from llmstream.providers.http.connection import Broken, Connection
 from llmstream.providers.http.origin import target
-from llmstream.providers.prefill import produced_tokens, upstream_body, with_earlier
+from llmstream.providers.nested import UpstreamJobFailed, UpstreamJobs, is_final, name_of
+from llmstream.providers.prefill import upstream_body
 from llmstream.providers.refusals import Complaint, refusal, reported
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest, Kind, ModelInfo
 
 HEALTH_S = 2.0
+STOP_S = 5.0
 _ERROR_BODY_S = 2.0
 _ERROR_BODY_BYTES = 64 * 1024
 _PATHS: Final[dict[Kind, str]] = {"chat": "/chat/completions", "completion": "/completions"}
+
+
+logger = logging.getLogger(__name__)
 
 
 class OpenAIProvider:
@@ -43,12 +51,20 @@ class OpenAIProvider:
     def __init__(self, name: str, settings: ProviderSettings, *, slots: int) -> None:
         self.name = name
         self.slots = slots
-        self.models: Sequence[ModelInfo] = [ModelInfo(name=model, provider=name) for model in settings.models]
+        self.can = settings.capabilities(name)
+        self.models: Sequence[ModelInfo] = [
+            ModelInfo(name=model, provider=name, extra={"capabilities": told(self.can)}) for model in settings.models
+        ]
         self._settings = settings
         self._key = settings.api_key.get_secret_value().strip() if settings.api_key else ""
-        root, mark, query = settings.base_url.partition("?")
+        root, mark, query = (settings.url(name) or "").partition("?")
         self._root, self._query = root.rstrip("/"), query
         self._targets = {kind: target(f"{self._root}{path}{mark}{query}") for kind, path in _PATHS.items()}
+        continued = (
+            urlsplit(self._root)._replace(path=self.can.continue_path).geturl() if self.can.continue_path else root
+        )
+        self._continued = target(f"{continued.rstrip('/')}{_PATHS['chat']}{mark}{query}")
+        self._nested = UpstreamJobs(self._root) if self.can.continue_by == "replay" else None
         self._client: Client | None = None
         self._sdk: openai.AsyncOpenAI | None = None
 
@@ -60,7 +76,8 @@ class OpenAIProvider:
             headers["Authorization"] = f"Bearer {self._key}"
         connect_s, proxy = self._settings.connect_timeout_s, _proxy(self._root)
         try:
-            self._client = Client(self._root, headers=headers, limit=self.slots, connect_s=connect_s, proxy=proxy)
+            limit = min(self.slots, self.can.max_parallel or self.slots)
+            self._client = Client(self._root, headers=headers, limit=limit, connect_s=connect_s, proxy=proxy)
         except UnicodeError as error:
             raise ConfigError(
                 f"providers.{self.name}.base_url: the name of its host, or of the proxy that the environment asks "
@@ -82,41 +99,59 @@ class OpenAIProvider:
             await sdk.close()
 
     async def check(self, request: GenerateRequest) -> None:
-        """Only the upstream knows what it accepts."""
+        """Only the upstream knows what it accepts; what it cannot do at all is known here."""
+        check_capabilities(request, self.can, self.name)
 
     def can_continue(self, request: GenerateRequest, so_far: Transcript) -> bool:
-        """Structured output is not continued: what enforces its grammar begins anew behind the prefill."""
-        shape = request.body.get("response_format") or {"type": "text"}
-        return (
-            self._settings.continue_by == "assistant_prefill"
-            and request.kind == "chat"
-            and request.choices == 1
-            and isinstance(shape, dict)
-            and shape.get("type") == "text"
-            and (so_far.empty or so_far.continuable)
-        )
+        """Structured output is not continued by prefill: what enforces its grammar begins anew behind it."""
+        if self.can.continue_by == "none" or request.kind != "chat" or request.choices != 1:
+            return False
+        return (so_far.empty or so_far.continuable) and (self.can.continue_by == "replay" or plain_text(request))
 
     async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
-        produced = produced_tokens(so_far)
-        if so_far is not None and request.max_tokens is not None and request.max_tokens <= produced:
+        if so_far is not None and self._reached_its_limit(request, so_far):
             sink.put([Delta(finish_reason="length", usage=so_far.usage)])
             return
-
-        def put(deltas: list[Delta]) -> bool:
-            if so_far is not None:
-                deltas = [with_earlier(delta, so_far, produced) for delta in deltas]
-            return not deltas or sink.put(deltas)
-
-        if self._client is None:
-            raise ProviderError(self._says("is not open"))
-        body = msgspec.json.encode(upstream_body(request, so_far))
+        continued = Continued(request, so_far, self.can) if so_far is not None else None
         try:
-            async with self._client.post(self._targets[request.kind], body) as response:
-                if response.status != 200:
-                    raise await self._refusal(response)
-                await self._read(response, self._answer(response, request.choices), put, sink)
+            await self._ask(request, so_far, continued, sink)
         except Broken as error:
             raise UpstreamUnreachable(self._says(f"could not be reached: {error}")) from None
+        except UpstreamRejected as error:
+            if continued is None or self._nested is not None:
+                raise
+            raise CannotContinue(f"The answer cannot be continued: {error.message}") from None
+        if continued is not None and continued.diverged:
+            raise CannotContinue(self._says("did not repeat what it had said before it was cut"))
+
+    async def _ask(
+        self, request: GenerateRequest, so_far: Transcript | None, continued: Continued | None, sink: Sink
+    ) -> None:
+        if self._client is None:
+            raise ProviderError(self._says("is not open"))
+        name = name_of(request) if self._nested else b""
+        where = self._targets[request.kind] if continued is None or self._nested else self._continued
+        # What is sent gets no name here: the answer may take hours.
+        async with self._client.post(where, upstream_body(request, so_far, self.can), name) as response:
+            if response.status != 200:
+                raise await self._refusal(response)
+            if self._nested is not None:
+                self._nested.note(request, response)
+            await self._read(response, self._answer(response, request.choices), continued, sink)
+        if self._nested is not None and not (continued and continued.diverged):
+            self._nested.over(request)
+
+    async def stop(self, job_id: str) -> None:
+        """Tells another llmstream to end what it still runs for a job that is over. Others notice that we hung up."""
+        where = self._nested.cancelling(job_id) if self._nested is not None else None
+        if where is None or self._client is None:
+            return
+        try:
+            async with asyncio.timeout(STOP_S), self._client.post(where, b"") as response:
+                if response.status != 200:
+                    logger.warning("%s", self._says(f"answered HTTP {response.status} to a cancellation"))
+        except (Broken, TimeoutError) as error:
+            logger.warning("%s", self._says(f"could not be told to stop: {error}"))
 
     async def health(self) -> dict[str, object]:
         """Asks for the list of models."""
@@ -160,8 +195,14 @@ class OpenAIProvider:
             raise UpstreamBroken(self._says(f"answered a web page; check providers.{self.name}.base_url"))
         return ChunkStream(choices)
 
-    async def _read(self, response: Connection, answer: Answer, put: Callable[[list[Delta]], bool], sink: Sink) -> None:
+    async def _read(self, response: Connection, answer: Answer, continued: Continued | None, sink: Sink) -> None:
         """Reads an answer to its end; raising stops the upstream."""
+
+        def put(deltas: list[Delta]) -> bool:
+            if continued is not None:
+                deltas = continued.behind(deltas)
+                answer.ended = answer.ended or continued.diverged
+            return not deltas or sink.put(deltas)
 
         def take(data: bytes) -> bool:
             return put(answer.feed(data)) and not answer.ended
@@ -173,6 +214,8 @@ class OpenAIProvider:
                 put(answer.close())
         except Broken as error:
             answer.cut(f"broke the connection off: {error}")
+        if answer.failure is not None and self._nested is not None and is_final(answer.complaint):
+            raise UpstreamJobFailed(self._says(answer.failure))
         if answer.complaint is not None:
             said = self._scrubbed(msgspec.json.encode(answer.complaint))
             raise reported(msgspec.json.decode(said, type=Complaint), provider=self.name)
@@ -189,13 +232,27 @@ class OpenAIProvider:
         with suppress(Broken, TimeoutError):
             async with asyncio.timeout(_ERROR_BODY_S):
                 await response.read(take)
-        return refusal(response.status, response.headers, self._scrubbed(bytes(body)), provider=self.name)
+        said = self._scrubbed(_unescaped(bytes(body)))
+        return refusal(response.status, response.headers, said, provider=self.name)
+
+    def _reached_its_limit(self, request: GenerateRequest, so_far: Transcript) -> bool:
+        if self.can.continue_by == "replay" or request.max_tokens is None:
+            return False
+        return request.max_tokens <= produced_tokens(so_far)
 
     def _says(self, what: str) -> str:
         return self._scrubbed(f"The provider {self.name!r} {what}".encode()).decode()
 
     def _scrubbed(self, text: bytes) -> bytes:
         return text.replace(self._key.encode(), b"********") if self._key else text
+
+
+def _unescaped(body: bytes) -> bytes:
+    """JSON without needless escapes, in which a key could hide."""
+    try:
+        return msgspec.json.encode(msgspec.json.decode(body))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return body
 
 
 def _proxy(url: str) -> str | None:

@@ -16,6 +16,7 @@ import msgspec
 
 from llmstream.errors import ConfigError, LLMStreamError
 from llmstream.processes import collect_less, follow_parent, loop_factory
+from llmstream.replicas.counts import counts_line
 from llmstream.replicas.wire import Alive, Failed, Ready, Report, Start, read_start
 from llmstream.server import Server
 from llmstream.telemetry import setup_logging
@@ -57,8 +58,9 @@ async def _serve(start: Start, reports: int) -> int:
     beat_s = min(start.settings.server.worker_timeout_s / BEATS, MAX_BEAT_S)
     beating = asyncio.create_task(_show_life(reports, beat_s), name="signs-of-life")
     try:
-        async with Server(start.settings, sockets=sockets) as server:
+        async with counts_line(start.counts) as line, Server(start.settings, sockets=sockets) as server:
             gateway = server.gateway
+            line.connect(gateway.observer)
             models = [model.name for model in gateway.models]
             _report(reports, Ready(gateway.replica, gateway.pools, models))
             collect_less()

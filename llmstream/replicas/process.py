@@ -43,8 +43,8 @@ class ReplicaProcess:
         """Who it is, once it is ready."""
 
     @classmethod
-    async def start(cls, settings: Settings, sockets: Sequence[socket.socket]) -> ReplicaProcess:
-        """Starts a process that is to listen on bound sockets. Raises OSError."""
+    async def start(cls, settings: Settings, sockets: Sequence[socket.socket], counts: socket.socket) -> ReplicaProcess:
+        """Starts a process that is to listen on bound sockets and tell its counts. Raises OSError."""
         descriptors = [own.fileno() for own in sockets]
         # A session of its own: Ctrl-C in our terminal is for us, who then end the replicas in order.
         process = await asyncio.create_subprocess_exec(
@@ -52,11 +52,11 @@ class ReplicaProcess:
             str(os.getpid()),
             stdin=PIPE,
             stdout=PIPE,
-            pass_fds=descriptors,
+            pass_fds=[*descriptors, counts.fileno()],
             start_new_session=True,
         )
         assert process.stdin is not None
-        process.stdin.write(packed(Start(settings, descriptors)))
+        process.stdin.write(packed(Start(settings, descriptors, counts.fileno())))
         return cls(process)
 
     @property

@@ -10,14 +10,15 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
 from llmstream.config import Settings
-from llmstream.errors import LLMStreamError, StoreUnavailable
+from llmstream.errors import ConfigError, LLMStreamError, StoreUnavailable
 from llmstream.providers.build import PullProgress, pull_weights
 from llmstream.replicas.process import ReplicaProcess
 from llmstream.replicas.slot import Slot
 from llmstream.replicas.sockets import another, close_all, reserve
+from llmstream.replicas.tally import Tally
 from llmstream.replicas.wire import Ready
 from llmstream.scheduler.scheduler import HARD_STOP_S
 from llmstream.server import HANDLER_GRACE_S, cannot_listen, url_of
@@ -43,6 +44,7 @@ class Replicas:
         self._stack = AsyncExitStack()
         self._store: Store | None = None
         self._replica_settings = settings
+        self._tally = Tally()
         self._processes: set[ReplicaProcess] = set()
         self._slots: list[Slot] = []
         self._restart = asyncio.Event()
@@ -66,8 +68,15 @@ class Replicas:
         assert self._store is not None, "not open"
         return self._store
 
-    def restart(self) -> None:
-        """Begins to replace the processes one after the other; each new one is ready before an old one goes."""
+    def restart(self, settings: Settings | None = None) -> None:
+        """Begins to replace the processes one after the other; each new one is ready before an old one goes.
+
+        The new ones take over changed ``settings``, but for what this process decided when it began: address, number
+        of workers, store. Raises ConfigError for settings that do not go with these.
+        """
+        if settings is not None:
+            self.settings = _changed(self.settings, settings)
+            self._replica_settings = _for_one_replica(self.settings, self.store.url)
         self._restart.set()
 
     async def __aenter__(self) -> Self:
@@ -81,6 +90,7 @@ class Replicas:
             self._slots = [
                 Slot(self, lambda: another(reserved), server.worker_timeout_s) for _ in range(server.workers)
             ]
+            stack.push_async_callback(self._tally.close)
             stack.push_async_callback(self._end_processes)
             processes = await _fill(self._slots)
             self._first = processes[0].report
@@ -98,7 +108,8 @@ class Replicas:
 
     async def launch(self, sockets: list[socket.socket]) -> ReplicaProcess:
         """Starts a process and waits until it is ready. Raises LLMStreamError or OSError."""
-        process = await ReplicaProcess.start(self._replica_settings, sockets)
+        with self._tally.connect() as counts:
+            process = await ReplicaProcess.start(self._replica_settings, sockets, counts)
         self._processes.add(process)
         try:
             report = await process.ready()
@@ -149,6 +160,17 @@ class Replicas:
         for slot in self._slots:
             slot.close()
         await asyncio.gather(*(self.retire(process) for process in list(self._processes)))
+
+
+def _changed(old: Settings, new: Settings) -> Settings:
+    kept = {name: getattr(old.server, name) for name in ("host", "port", "workers", "worker_timeout_s")}
+    fields = {name: getattr(new, name) for name in Settings.model_fields}
+    fields |= {"server": new.server.model_copy(update=kept), "store": old.store, "data_dir": old.data_dir}
+    try:
+        return Settings(**fields)
+    except ValidationError as error:
+        reasons = "; ".join(str(each["msg"]) for each in error.errors(include_url=False, include_input=False))
+        raise ConfigError(f"The changed configuration does not go with the running server: {reasons}") from None
 
 
 def _for_one_replica(settings: Settings, store_url: str) -> Settings:

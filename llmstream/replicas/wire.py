@@ -3,6 +3,9 @@
 Down the process's standard input goes one :class:`Start`; then the pipe stays open, and its end means that the
 supervisor is gone. Up its standard output come lines: one :class:`Ready` or :class:`Failed`, and before and after it
 :class:`Alive` again and again.
+
+Over a socket of their own go the counts of the metrics, as lines in both directions: whichever process is scraped asks
+for those of all (:class:`Wanted`), the supervisor asks every process (:class:`Tell`), and answers when it was told.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 from msgspec import Struct
 
 from llmstream.config import Settings
+from llmstream.telemetry.snapshot import Snapshot
 
 _LENGTH = 8
 
@@ -23,6 +27,8 @@ class Start(NamedTuple):
     settings: Settings
     descriptors: list[int]
     """Bound sockets to listen on."""
+    counts: int
+    """The socket for the counts."""
 
 
 class Ready(Struct, frozen=True, tag=True):
@@ -46,6 +52,38 @@ class Alive(Struct, frozen=True, tag=True):
 
 
 Report = Ready | Failed | Alive
+
+
+class Wanted(Struct, frozen=True, tag=True):
+    """Up: somebody scrapes this process and wants the counts of all."""
+
+    number: int
+
+
+class Everything(Struct, frozen=True, tag=True):
+    """Down: the answer to Wanted."""
+
+    number: int
+    snapshots: list[Snapshot]
+
+
+class Tell(Struct, frozen=True, tag=True):
+    """Down: what has this process counted?"""
+
+    number: int
+
+
+class Told(Struct, frozen=True, tag=True):
+    """Up: the answer to Tell, or the last words of a process."""
+
+    number: int
+    snapshot: Snapshot
+
+
+LAST_WORDS = 0
+"""The number of what a process tells unasked, at its end."""
+LINE_BYTES = 16 * 1024 * 1024
+"""The longest line of counts."""
 
 
 def packed(start: Start) -> bytes:

@@ -13,7 +13,7 @@ from typing import Final
 
 from llmstream.config import ProviderSettings, RouteSettings, TargetSettings
 from llmstream.errors import BadRequest, ModelNotFound
-from llmstream.providers.base import Provider
+from llmstream.providers.base import Lasting, Provider
 from llmstream.routing.load import Load
 from llmstream.routing.strategies import Random, arrange
 from llmstream.routing.targets import NO_LIMITS, REMOTE, Route, Target
@@ -131,6 +131,12 @@ class Router:
             f"The model {model!r} does not exist here. {hint}Available: {', '.join(sorted(names)) or 'none'}.",
             param="model",
         )
+
+    async def stop(self, job_id: str) -> None:
+        """Ends what providers still run for a job that is over."""
+        for provider in self.providers:
+            if isinstance(provider, Lasting):
+                await provider.stop(job_id)
 
     def _configured(self, name: str, settings: RouteSettings) -> Route:
         known = {provider.name: provider for provider in self.providers}

@@ -16,7 +16,6 @@ from llmstream.providers.base import CannotContinue, Sink
 from llmstream.routing.gates import Ask, Crossing, Gates, NoRoom, Resting
 from llmstream.routing.router import Router
 from llmstream.routing.targets import Target
-from llmstream.routing.tokens import prompt_tokens
 from llmstream.scheduler.intake import Intake
 from llmstream.scheduler.race import Race, Runner
 from llmstream.transcript import Transcript
@@ -47,7 +46,7 @@ class Asking:
         """What went wrong last."""
         self.continuable = True
         """Whether another replica could go on with what is being said now, as long as it is text."""
-        self._request = job.request
+        self._request = job.asked
         self._router = router
         self._gates = gates
         self._granted = granted
@@ -57,6 +56,8 @@ class Asking:
         if self._route.limited:
             self._wish = Ask(job.id, self._route.tokens(job.request), urgency)
             self._route = self._route.with_room_for(self._wish.tokens)
+        self.asked = self._route.targets[0]
+        """Who was asked last, or answered."""
         self._failed: set[str] = set()
         self._stuck: set[str] = set()
         """Targets that turned out to be unable to go on from what was said."""
@@ -96,12 +97,15 @@ class Asking:
                 if step.so_far is None and restart is not None:
                     restart()
                     restart = None
+                    steps = [Step(each.target, None) for each in steps]  # what was said is void
                 try:
                     return await self._ask_or_race(step, left, intake)
                 except (ProviderError, ContextLengthExceeded) as error:
                     if intake.got_token or not error.elsewhere:
                         raise
                     refusals.append((step, error))
+                    if isinstance(error, CannotContinue) and restart is not None:
+                        left.append(Step(step.target, None))
             if not refusals:
                 raise self.fault or UpstreamBroken("Nobody can go on from here.")
             if full := [step for step, each in refusals if isinstance(each, NoRoom)]:
@@ -126,15 +130,13 @@ class Asking:
             self._gates.give_back(self._granted)
             self._granted = None
 
-    def usage(self) -> Usage | None:
+    def hedged(self, usage: Usage) -> Usage:
         """What the answer took; a target that was asked beside the one that answered is named in it."""
-        usage = self._intake.usage if self._intake is not None else None
         if self._lost is None:
             return usage
         # It was sent the same prompt; how much it had thought of by then, nobody tells.
-        prompt = usage.prompt_tokens if usage is not None else prompt_tokens(self._request)
-        hedged = {"target": self._lost.name, "prompt_tokens": prompt}
-        return replace(usage or Usage(), details={**((usage and usage.details) or {}), "hedged": hedged})
+        hedged = {"target": self._lost.name, "prompt_tokens": usage.prompt_tokens}
+        return replace(usage, details={**(usage.details or {}), "hedged": hedged})
 
     async def _ask_or_race(self, step: Step, left: deque[Step], intake: Intake) -> None:
         """Asks a target, and beside it the next one, where the route says so and both can begin at the same place."""
@@ -167,6 +169,7 @@ class Asking:
 
     async def _generate(self, step: Step, intake: Intake, sink: Sink, crossing: Crossing) -> None:
         target, alone = step.target, not self._crossings
+        self.asked = target
         self._crossings.append(crossing)
         self.continuable = self._goes_on(target, step.so_far or _BARELY_BEGUN) and (alone or self.continuable)
         asked_at = intake.expect()
@@ -188,6 +191,7 @@ class Asking:
             load.ended(target.name)
             if intake.first_at is not None and len(self._route.targets) > 1 and not lost:
                 load.measured(target.name, intake.first_at - asked_at)
+        self.asked = target
         self._leave(crossing, None, intake.usage)
 
     def _blame(self, crossing: Crossing, error: LLMStreamError) -> None:

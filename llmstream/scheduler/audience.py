@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from llmstream.errors import StoreUnavailable
 from llmstream.store.jobs import Kept
@@ -21,6 +22,7 @@ from llmstream.types import Clock, Finished, Job
 
 LEASE_S = 10.0
 """For so long readers count whose replica says nothing: what a client that was cut off by us gets to come back."""
+RENEW_STEPS = 32
 
 logger = logging.getLogger(__name__)
 
@@ -72,16 +74,28 @@ class Audience:
         self._taken.discard(seat)
 
     async def _renew(self) -> None:
+        """Goes round all readers, a few at each step, so that thousands are no burst; at once when the store may have
+        forgotten them."""
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LEASE_S / 3):
-                    await self._due.wait()
-            self._due.clear()
-            outcomes = await asyncio.gather(*(seat.renew() for seat in self._taken), return_exceptions=True)
-            for error in outcomes:
-                if error is not None:
-                    logger.warning("readers could not be counted: %s", error)
+            readers = list(self._taken)
+            steps = max(min(len(readers), RENEW_STEPS), 1)
+            for step in range(steps):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LEASE_S / 3 / steps):
+                        await self._due.wait()
+                if self._due.is_set():
+                    self._due.clear()
+                    await self._renew_some(list(self._taken))
                     break
+                await self._renew_some([seat for seat in readers[step::steps] if seat in self._taken])
+
+    @staticmethod
+    async def _renew_some(seats: Sequence[Seat]) -> None:
+        outcomes = await asyncio.gather(*(seat.renew() for seat in seats), return_exceptions=True)
+        for error in outcomes:
+            if isinstance(error, BaseException):
+                logger.warning("readers could not be counted: %s", error)
+                break
 
 
 class Seat:
@@ -113,10 +127,10 @@ class Seat:
         except StoreUnavailable as error:
             logger.warning("a reader is counted later: %s", error.message, extra={"job_id": self._job_id})
 
-    async def renew(self) -> None:
-        """Goes on counting the reader. Raises StoreUnavailable."""
-        if self._job_id is not None:
-            await self._store.readers.join(self._job_id, self.lease)
+    def renew(self) -> asyncio.Future[Any]:
+        """Goes on counting the reader; the future may bring StoreUnavailable. Only for a seat with a job."""
+        assert self._job_id is not None
+        return self._store.readers.join(self._job_id, self.lease)
 
     async def leave(self) -> None:
         """The client went away by itself. Where the store cannot be told, the lease lapses."""

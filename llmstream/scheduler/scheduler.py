@@ -24,6 +24,7 @@ from llmstream.routing.gates import Crossing, Gates
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
 from llmstream.routing.targets import REMOTE, Target
+from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.admission import Admission
 from llmstream.scheduler.audience import Audience
 from llmstream.scheduler.line import Line
@@ -33,6 +34,7 @@ from llmstream.store.budgets import POLL_S, Wait
 from llmstream.store.lanes import Claimed, Lanes, Standing
 from llmstream.store.memory import in_memory
 from llmstream.store.store import Store
+from llmstream.telemetry.observer import Observer
 from llmstream.types import Clock, Finished, Job
 
 CLAIM_BATCH = 64
@@ -114,14 +116,18 @@ class Scheduler:
         backoff: Backoff,
         breaker: BreakerSettings | None = None,
         clock: Clock,
+        accounts: Accounts | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.replica = replica
+        self._accounts = accounts
         self._store = store
         self._router = router
         self._settings = settings
         self._deadlines = deadlines
         self._backoff = backoff
         self._clock = clock
+        self._observer = observer or Observer()
         self._beat_s = min(MAX_BEAT_S, settings.lease_s / 4)
         self._tasks: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
@@ -354,6 +360,8 @@ class Scheduler:
             max_attempts=self._settings.max_attempts,
             backoff=self._backoff,
             clock=self._clock,
+            accounts=self._accounts,
+            observer=self._observer,
         )
         pool.running[job_id] = worker
         task = asyncio.create_task(self._work(pool, worker), name=f"job-{name}-{job_id}")
@@ -412,10 +420,11 @@ class Scheduler:
         self._store.log.note_end(job_id, ended)
 
     async def _heartbeats(self, pool: Pool) -> None:
-        loop = asyncio.get_running_loop()
+        loop, lag = asyncio.get_running_loop(), self._observer.metrics.loop_lag.of()
         while True:
             asleep = loop.time()
             await asyncio.sleep(self._beat_s)
+            lag.add(max(0.0, loop.time() - asleep - self._beat_s))
             try:
                 # When we were away ourselves, what came meanwhile is to be read before anybody is called silent.
                 if loop.time() - asleep < 2 * self._beat_s:

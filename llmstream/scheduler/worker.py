@@ -18,14 +18,20 @@ from llmstream.errors import (
     UpstreamBroken,
     UpstreamTimeout,
 )
+from llmstream.providers.tokens import Tokenizer
 from llmstream.routing.gates import Crossing, Gates
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
+from llmstream.routing.targets import Target
+from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.asking import Asking
 from llmstream.scheduler.intake import EVENT_BYTES, Intake
 from llmstream.store.jobs import Begun, Jobs
 from llmstream.store.log import Log
 from llmstream.store.memory import AnyWriter, Memory
+from llmstream.store.writer import SUPERSEDED
+from llmstream.telemetry.observer import Attempt, Observer
+from llmstream.telemetry.origin import ORIGIN, Origin
 from llmstream.transcript import Transcript
 from llmstream.types import (
     BEGINNING,
@@ -68,6 +74,8 @@ class Worker:
         max_attempts: int,
         backoff: Backoff,
         clock: Clock,
+        accounts: Accounts | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.job_id = job_id
         self.claim = claim
@@ -82,10 +90,15 @@ class Worker:
         self._max_attempts = max_attempts
         self._backoff = backoff
         self._clock = clock
+        self._accounts = accounts or Accounts({}, Tokenizer())
+        self._observer = observer or Observer()
+        self._whole = True
+        """Whether all attempts so far were made here."""
         self._begun: Begun | None = None
         self._interruption: LLMStreamError | None = None
         self._scope: asyncio.Task[Any] | None = None
         self._asking: Asking | None = None
+        self._answered = False
         self._intake: Intake | None = None
 
     async def run(self) -> Result:
@@ -94,7 +107,10 @@ class Worker:
         Raises StoreUnavailable when the store stays away for too long.
         """
         try:
-            return await self._live()
+            result = await self._live()
+            if result != "release" and not self._answered:
+                await self._router.stop(self.job_id)
+            return result
         finally:
             if self._asking is not None:
                 self._asking.close()
@@ -113,17 +129,24 @@ class Worker:
                 return await self._over()
             if begun == "superseded":
                 return "release"
-            self._begun = begun
+            ORIGIN.set(Origin(begun.job.request_id, self.job_id))
+            again = self._begun is not None
+            self._whole = begun.attempt == 1 or (again and self._whole)
+            seen = self._observer.begun(begun.job, begun.attempt, self._replica, started.at, again=again)
+            self._begun, self._intake = begun, None
             writer = self._log.writer(begun)
             writer.on_lost = self.interrupt
             try:
-                result = await self._attempt(begun, writer)
+                result = await self._attempt(begun, writer, seen)
             except Fenced as fenced:
-                result = await self._superseded(fenced)
+                result = await self._superseded(fenced, seen)
             except ShuttingDown:
-                result = await self._hand_over(begun, writer)
+                result = await self._hand_over(begun, writer, seen)
             finally:
+                seen.end("interrupted", self._intake)
                 writer.close()
+            if result == "release":
+                writer.channel.upstream_s = None
             if result is not None:
                 return result
 
@@ -164,10 +187,11 @@ class Worker:
         elif got_token and silent > limits.stall_s:
             self.interrupt(UpstreamTimeout(f"The model stalled: no token for {limits.stall_s:g} s."))
 
-    async def _attempt(self, begun: Begun, writer: AnyWriter) -> Result | None:
+    async def _attempt(self, begun: Begun, writer: AnyWriter, seen: Attempt) -> Result | None:
         """One attempt. None: it failed in a way that another attempt may mend."""
+        failed: LLMStreamError | None = None
         try:
-            finished = await self._interruptible(self._generate(begun, writer))
+            finished = await self._interruptible(self._generate(begun, writer, seen))
         except (Fenced, ShuttingDown, StoreUnavailable):
             raise
         except LLMStreamError as error:
@@ -175,38 +199,70 @@ class Worker:
             if self._asking is not None and isinstance(error, UpstreamBroken):
                 self._asking.blame(error)
             if error.retryable and begun.tries < self._max_attempts and await self._may_try_again(begun, writer):
+                seen.end("retried", self._intake, error)
                 return await self._pause(begun, writer, error)
-            finished = self._failed(error)
+            failed, finished = error, self._failed(error)
         except Exception:
             logger.exception("the provider broke", extra={"job_id": self.job_id})
-            finished = self._failed(LLMStreamError("Something went wrong inside llmstream; its log has the details."))
+            failed = LLMStreamError("Something went wrong inside llmstream; its log has the details.")
+            finished = self._failed(failed)
         await writer.finish(finished)
+        seen.end(finished.status, self._intake, failed)
         return "dead" if finished.failure is not None and finished.failure.retryable else "done"
 
     async def _over(self) -> Result:
         state = await self._jobs.find(self.job_id)
         return "dead" if state is not None and state.dead else "done"
 
-    async def _generate(self, begun: Begun, writer: AnyWriter) -> Finished:
-        job = begun.job
-        self._intake = intake = Intake(writer, asyncio.get_running_loop().time)
+    async def _generate(self, begun: Begun, writer: AnyWriter, seen: Attempt) -> Finished:
+        job, clock = begun.job, asyncio.get_running_loop().time
+        self._intake = intake = Intake(writer, clock, seen)
         asking = self._asking = self._asking or Asking(job, self._router, self._gates, self._granted, self._urgency)
+        seen.provider = asking.asked.provider.name
         transcript = await self._history(begun)
         if begun.attempt > 1 and begun.previous == BEGINNING:
             writer.append(Restart("the store lost what the earlier attempts wrote"), EVENT_BYTES)
         if job.continues is not None and (transcript is None or transcript.empty):
             transcript = await self._inherit(job.continues, job, asking, writer)
         shown = transcript is not None and not transcript.empty
+        seen.fresh = not shown
         if transcript is not None and shown and self._complete(transcript, job):
-            return self._finished(transcript.usage, _reasons(transcript))
+            usage = await self._settled(writer, transcript.usage, job, asking.asked)
+            return self._finished(usage, _reasons(transcript))
+        if transcript is not None and asking.can_continue(transcript):
+            seen.earlier_tokens = transcript.produced
 
         def restart() -> None:
             writer.append(Restart("the earlier attempt cannot be continued"), EVENT_BYTES)
 
         # What a replica left when it died may start over, whatever becomes of answers that their model broke off.
-        steps = asking.plan(transcript, may_restart=job.restarts or asking.fault is None)
-        await asking.answer(steps, intake, restart if shown else None)
-        return self._finished(asking.usage(), intake.reasons)
+        may_restart = job.restarts or asking.fault is None
+        steps = asking.plan(transcript, may_restart=may_restart)
+        start = clock()
+        try:
+            await asking.answer(steps, intake, restart if shown and may_restart else None)
+        finally:
+            seen.provider = asking.asked.provider.name
+            if self._whole:  # for the reader who compares it with their own time
+                channel = writer.channel
+                channel.upstream_s = (channel.upstream_s or 0.0) + clock() - start - intake.held_s
+        self._answered = True
+        usage = asking.hedged(await self._settled(writer, intake.usage, job, asking.asked))
+        return self._finished(usage, intake.reasons)
+
+    async def _settled(self, writer: AnyWriter, usage: Usage | None, job: Job, target: Target) -> Usage:
+        """What the whole answer used and costs, also where nobody told."""
+        if usage is None:
+            await writer.flush()
+            usage = await self._accounts.counted(job.request, await self._logged(self.job_id))
+        return self._accounts.priced(usage, target.provider.name, target.model or job.request.model)
+
+    async def _logged(self, job_id: str) -> Transcript:
+        transcript = Transcript()
+        while entries := await self._log.read(job_id, transcript.position):
+            for entry in entries:
+                transcript.extend(entry.payloads, entry.last)
+        return transcript
 
     async def _history(self, begun: Begun) -> Transcript | None:
         """The answer as earlier attempts left it. The log is fenced by now, so it cannot grow any more."""
@@ -288,19 +344,24 @@ class Worker:
         await asyncio.sleep(delay)
         await writer.flush()  # a store that came back meanwhile may be getting the attempt again
 
-    async def _superseded(self, fenced: Fenced) -> Result:
+    async def _superseded(self, fenced: Fenced, seen: Attempt) -> Result:
         """The log moved on: the job is over, or it belongs to whoever holds the claim now."""
         logger.info("attempt stopped: %s", fenced.message, extra={"job_id": self.job_id})
+        if fenced.error_code == SUPERSEDED:
+            self._observer.metrics.fenced.add()
         state = await self._jobs.find(self.job_id)
-        return "done" if state is None or state.done else "release"
+        over = state is None or state.done
+        seen.end("cancelled" if over else "superseded", self._intake)
+        return "done" if over else "release"
 
-    async def _hand_over(self, begun: Begun, writer: AnyWriter) -> Result:
+    async def _hand_over(self, begun: Begun, writer: AnyWriter, seen: Attempt) -> Result:
         try:
             async with asyncio.timeout(FLUSH_S):
                 await writer.flush()
                 await self._jobs.hand_over(self.job_id, begun.attempt)
+            seen.end("handed_over", self._intake)
         except Fenced as fenced:
-            return await self._superseded(fenced)
+            return await self._superseded(fenced, seen)
         except (StoreUnavailable, TimeoutError) as error:
             logger.warning("the hand-over costs an attempt: %s", error, extra={"job_id": self.job_id})
         return "release"

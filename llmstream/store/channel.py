@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 
 from llmstream.store.entry import Entry
 from llmstream.types import BEGINNING, EventId
 
-RING_BYTES = 8 * 1024
+RING_BYTES = 4 * 1024
 """Enough to bridge the moment between reading the log and following it; each open stream pays for it."""
 _ENTRY_OVERHEAD = 1000
 """What an entry takes beside its bytes: objects, and its wire forms."""
@@ -37,6 +36,7 @@ class Channel:
         "located",
         "owned",
         "tip",
+        "upstream_s",
         "whole",
     )
 
@@ -55,7 +55,9 @@ class Channel:
         """Whether somebody in this process waits for each token."""
         self.owned = False
         """True while this process writes the log; otherwise the tail reader watches it."""
-        self._ring: deque[Entry] = deque()
+        self.upstream_s: float | None = None
+        """What the job's provider took, where all of that was in this process."""
+        self._ring: list[Entry] = []
         self._size = 0
         self.listeners: set[Listener] = set()
 
@@ -71,11 +73,13 @@ class Channel:
         self._size += entry.size + _ENTRY_OVERHEAD
         self.tip = entry.last
         while self._size > RING_BYTES and len(self._ring) > 1 and not self.whole:
-            dropped = self._ring.popleft()
+            dropped = self._ring.pop(0)
             self._size -= dropped.size + _ENTRY_OVERHEAD
             self.base = dropped.last
         for hear in self.listeners:
             hear(entry, previous)
+        if self.followers < 2:
+            entry.rendered.clear()  # nobody is left to share it with
 
     def locate(self, end: EventId) -> None:
         """Takes note that the log ended at ``end`` a moment ago."""

@@ -121,6 +121,11 @@ class Follower:
             return False
         return True
 
+    @property
+    def upstream_s(self) -> float | None:
+        """Seconds that the job's provider took; None when it ran elsewhere, or not yet."""
+        return self._channel.upstream_s
+
     def hurry(self) -> None:
         """Says that somebody waits for each token."""
         self._channel.hurried = True

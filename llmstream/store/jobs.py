@@ -17,7 +17,7 @@ from llmstream.store.pipeline import Command, Script, Sender
 from llmstream.store.presence import Presence
 from llmstream.store.readers import NOBODY, Lease
 from llmstream.store.recent import RETRY_S, Recent, Trail
-from llmstream.types import TERMINAL, EventId, Failure, Finished, Job, JobState, Started, Usage
+from llmstream.types import LOCAL, TERMINAL, EventId, Failure, Finished, Job, JobState, Started, Usage
 
 _SESSION_JOBS = 100
 
@@ -263,12 +263,12 @@ class Jobs:
 
     async def join_session(self, session_id: str, job: Job) -> None:
         """Notes a job as the latest of a session; a session remembers its last 100 jobs."""
-        key = self._keys.session(session_id)
+        key = self._keys.session(session_id, job.principal)
         await self._pipeline.run(JOIN, [key], repr(job.created_at), job.id, self._unfinished_ms, _SESSION_JOBS)
 
-    async def session_jobs(self, session_id: str) -> list[str]:
-        """Ids of the jobs of a session, latest first; empty for an unknown session."""
-        found = await self._pipeline.call("ZRANGE", self._keys.session(session_id), 0, -1, "REV")
+    async def session_jobs(self, session_id: str, principal: str = LOCAL) -> list[str]:
+        """Ids of the jobs of a principal's session, latest first; empty for an unknown session."""
+        found = await self._pipeline.call("ZRANGE", self._keys.session(session_id, principal), 0, -1, "REV")
         return [raw.decode() for raw in found]
 
     def _all(self, job_id: str) -> list[str]:

@@ -3,7 +3,8 @@
 {prefix}:{JOB}:job          hash    one job: spec, status, attempt, owner, outcome
 {prefix}:{JOB}:log          stream  its events; entry id = id of the entry's last event
 {prefix}:{JOB}:readers      zset    who reads it -> end of the lease, where that decides whether it goes on
-{prefix}:{s:SESSION}:jobs   zset    the jobs of a session by creation time
+{prefix}:{s:SESSION}:jobs   zset    the jobs of a session by creation time; PRINCIPAL/SESSION where there are keys
+{prefix}:{u:PRINCIPAL}:jobs zset    the latest jobs of a principal by creation time, where there are keys
 {prefix}:{k:DIGEST}:job     string  what a request is known by when it comes again -> its job
 {prefix}:{q:POOL}:order     zset    waiting jobs by level and turn: the order of service inside a level
 {prefix}:{q:POOL}:ages      zset    the same jobs by level and time of arrival: how urgent a level is
@@ -28,15 +29,20 @@
 {prefix}:{breakers}:states  hash    target -> how often its breaker opened|until when|closed at|probe until|who probes
 {prefix}:{breakers}:failures:TARGET hash  slice of time -> failures|successes
 {prefix}:{l:WHO}:NAME       string  when this bucket of a caller will be full again
+{prefix}:api_keys           hash    id of an API key -> all but its secret
+{prefix}:stream_secret      string  signs the URLs of streams
 {prefix}:wake               channel pool names with new work
 {prefix}:cancel             channel ids of cancelled jobs
 {prefix}:room               channel targets that may have room again
 {prefix}:breaker            channel targets whose breaker opened or closed
+{prefix}:revoked            channel ids of revoked API keys
 """
 
 from __future__ import annotations
 
 from urllib.parse import quote
+
+from llmstream.types import LOCAL
 
 QUEUE_PARTS = (
     "order",
@@ -66,6 +72,9 @@ class Keys:
         self.cancel = f"{prefix}:cancel"
         self.room = f"{prefix}:room"
         self.breaker = f"{prefix}:breaker"
+        self.api_keys = f"{prefix}:api_keys"
+        self.stream_secret = f"{prefix}:stream_secret"
+        self.revoked = f"{prefix}:revoked"
 
     def job(self, job_id: str) -> str:
         return f"{self._prefix}:{{{job_id}}}:job"
@@ -79,8 +88,12 @@ class Keys:
     def probe(self, number: int = 0) -> str:
         return f"{self._prefix}:{{n:{number}}}:probe"
 
-    def session(self, session_id: str) -> str:
-        return f"{self._prefix}:{{s:{quote(session_id, safe='')}}}:jobs"
+    def session(self, session_id: str, principal: str = LOCAL) -> str:
+        owner = "" if principal == LOCAL else f"{quote(principal, safe='')}/"
+        return f"{self._prefix}:{{s:{owner}{quote(session_id, safe='')}}}:jobs"
+
+    def owned(self, principal: str) -> str:
+        return f"{self._prefix}:{{u:{quote(principal, safe='')}}}:jobs"
 
     def repeat(self, digest: str) -> str:
         return f"{self._prefix}:{{k:{digest}}}:job"

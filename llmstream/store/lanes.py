@@ -34,15 +34,20 @@ local function now_ms()
   local t = redis.call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
-local function keep(ttl)
-  for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, ttl) end
+local function fmt(number) return string.format('%.0f', number) end
+-- Lets keys live for ttl more at least: a little longer, so that this need not be written at each step. A step looks
+-- after those that it may have made; a heartbeat after all.
+local function keep(ttl, keys)
+  for _, key in ipairs(keys) do
+    local left = redis.call('PTTL', key)
+    if left ~= -2 and left < tonumber(ttl) then redis.call('PEXPIRE', key, fmt(ttl * 17 / 16)) end
+  end
 end
 local function split(text)
   local parts = {}
   for part in string.gmatch(text, '([^|]*)|?') do parts[#parts + 1] = part end
   return parts
 end
-local function fmt(number) return string.format('%.0f', number) end
 local function forget_waiting(id)
   redis.call('ZREM', order, id)
   redis.call('ZREM', ages, id)
@@ -83,7 +88,7 @@ if ARGV[6] ~= '' then redis.call('ZADD', deadlines, ARGV[6], id) end
 if ARGV[10] ~= '' then redis.call('ZADD', unread, fmt(now + ARGV[10]), id) end
 redis.call('ZADD', index, fmt(now), id)
 redis.call('ZREMRANGEBYSCORE', index, '-inf', fmt(now - ARGV[7]))
-keep(ARGV[5])
+keep(ARGV[5], {order, ages, meta, turns, index, deadlines, unread})
 if ARGV[8] ~= '' then redis.call('PUBLISH', ARGV[8], ARGV[9]) end
 return {1}
 """,
@@ -107,7 +112,7 @@ if held then
   others = others - own
   if others > 0 then
     local share = math.ceil((redis.call('HLEN', claims) + redis.call('ZCARD', order)) * own / (own + others))
-    count = math.min(count, share + math.floor(share / 16) - held)
+    count = math.min(count, share + math.floor(share / 8) - held)
   end
 end
 for _ = 1, count do
@@ -141,7 +146,7 @@ if #claimed > 0 then
   -- A claim always stands under a lease, also where the replica was away and its own one is gone.
   redis.call('ZADD', replicas, 'NX', fmt(now + ARGV[5]), ARGV[1])
   if redis.call('ZCARD', order) == 0 then redis.call('DEL', turns) end
-  keep(ARGV[4])
+  keep(ARGV[4], {claims, turns, stats, replicas})
 end
 local left = redis.call('ZCARD', order)
 if left > 0 and held and others > redis.call('HLEN', claims) - held - #claimed then
@@ -172,7 +177,7 @@ for i = 4, #ARGV, 4 do
   end
 end
 redis.call('ZADD', replicas, 'NX', fmt(now + ARGV[2]), ARGV[1])
-keep(ARGV[3])
+keep(ARGV[3], KEYS)
 return 1
 """,
 )
@@ -202,7 +207,7 @@ local took = now - part[2]
 local mean = tonumber(redis.call('HGET', stats, 'service_ms') or took)
 redis.call('HSET', stats, 'service_ms', string.format('%.3f', mean + (took - mean) * 0.1))
 redis.call('HINCRBY', stats, 'served', 1)
-redis.call('PEXPIRE', stats, ARGV[3])
+keep(ARGV[3], {stats})
 return 1
 """,
 )
@@ -215,7 +220,7 @@ _RELEASE = Script(
 local claim = redis.call('HGET', claims, ARGV[1])
 if not claim or split(claim)[1] ~= ARGV[2] then return 0 end
 requeue(ARGV[1])
-keep(ARGV[3])
+keep(ARGV[3], KEYS)
 if ARGV[4] ~= '' then redis.call('PUBLISH', ARGV[4], ARGV[5]) end
 return 1
 """,
@@ -261,7 +266,7 @@ for _, lapsed in ipairs(redis.call('ZRANGEBYSCORE', replicas, '-inf', fmt(now)))
     redis.call('HDEL', slots, lapsed)
   end
 end
-keep(ARGV[4])
+keep(ARGV[4], KEYS)
 local overdue = redis.call('ZRANGEBYSCORE', deadlines, '-inf', fmt(now), 'LIMIT', 0, 100)
 local cancelled = redis.call('ZRANGEBYSCORE', cancels, ARGV[5], '+inf')
 local lonely = redis.call('ZRANGEBYSCORE', unread, '-inf', fmt(now), 'LIMIT', 0, 100)
@@ -292,7 +297,7 @@ for i = 1, #all, 2 do
 end
 redis.call('ZREM', replicas, ARGV[1])
 redis.call('HDEL', slots, ARGV[1])
-keep(ARGV[2])
+keep(ARGV[2], KEYS)
 redis.call('PUBLISH', ARGV[3], ARGV[4])
 return 1
 """,

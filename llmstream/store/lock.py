@@ -10,6 +10,8 @@ from typing import Any
 
 from llmstream.errors import ConfigError
 
+LOCK_NAME = "lock"
+
 
 class DirectoryLock:
     """Holds a directory for this process; the kernel lets go of it when the process ends, however it ends.
@@ -22,7 +24,7 @@ class DirectoryLock:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.chmod(0o700)
-            self._fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigError(
                 f"The store's directory {directory} cannot be used: {error.strerror}. Set data_dir (DATA_DIR) to a "

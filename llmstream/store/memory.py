@@ -21,7 +21,7 @@ from llmstream.store.entry import Entry
 from llmstream.store.jobs import Begun, Ended
 from llmstream.store.log import Log
 from llmstream.store.writer import Writer
-from llmstream.types import BEGINNING, EventId, Finished, Job, JobState, Payload, Started, encode
+from llmstream.types import BEGINNING, LOCAL, EventId, Finished, Job, JobState, Payload, Started, encode
 
 _MARK = "~"
 """Stands in the ids of memory jobs, ``{replica's tag}~{id}``, and may not stand in a caller's own."""
@@ -64,7 +64,7 @@ class Memory:
         self._tag = os.urandom(4).hex()
         self._kept: dict[str, _Kept] = {}
         self._ended: deque[_Kept] = deque()
-        self._sessions: dict[str, str] = {}
+        self._sessions: dict[tuple[str, str], str] = {}
         self._bytes = 0
 
     def name(self, job_id: str) -> str:
@@ -83,7 +83,7 @@ class Memory:
         self._bytes += kept.size
         self._kept[job.id] = kept
         if job.session_id is not None:
-            self._sessions[job.session_id] = job.id
+            self._sessions[job.principal, job.session_id] = job.id
         self._log.adopt(kept.channel)
 
     async def get(self, job_id: str) -> JobState:
@@ -98,9 +98,9 @@ class Memory:
         kept = self._kept.get(job_id)
         return kept.state if kept is not None else None
 
-    def latest(self, session_id: str) -> JobState | None:
-        """The latest memory job of a session."""
-        job_id = self._sessions.get(session_id)
+    def latest(self, session_id: str, principal: str = LOCAL) -> JobState | None:
+        """The latest memory job of a principal's session."""
+        job_id = self._sessions.get((principal, session_id))
         return self._kept[job_id].state if job_id is not None else None
 
     async def begin(
@@ -219,8 +219,8 @@ class Memory:
         kept = self._ended.popleft()
         job = kept.state.job
         del self._kept[job.id]
-        if job.session_id is not None and self._sessions[job.session_id] == job.id:
-            del self._sessions[job.session_id]
+        if job.session_id is not None and self._sessions[job.principal, job.session_id] == job.id:
+            del self._sessions[job.principal, job.session_id]
         self._bytes -= kept.size
         self._log.drop(kept.channel)
 
@@ -247,6 +247,7 @@ class MemoryWriter:
     def __init__(self, memory: Memory, kept: _Kept, begun: Begun) -> None:
         self.lost: LLMStreamError | None = None
         self.on_lost: Callable[[LLMStreamError], None] | None = None
+        self.channel = kept.channel
         self._memory = memory
         self._kept = kept
         self._pending: list[Payload] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import asyncio
+from typing import Any, NamedTuple
 
 from llmstream.store.job_scripts import JOIN_READERS, LEAVE_READERS
 from llmstream.store.keys import Keys
@@ -27,9 +28,9 @@ class Readers:
         self._pipeline = pipeline
         self._keys = keys
 
-    async def join(self, job_id: str, lease: Lease) -> None:
-        """Counts a reader from now on, or goes on counting it."""
-        await self._pipeline.run(JOIN_READERS, self._slot(job_id), lease.reader, int(lease.seconds * 1000))
+    def join(self, job_id: str, lease: Lease) -> asyncio.Future[Any]:
+        """Counts a reader from now on, or goes on counting it; the future tells when."""
+        return self._pipeline.run(JOIN_READERS, self._slot(job_id), lease.reader, int(lease.seconds * 1000))
 
     async def leave(self, job_id: str, reader: str) -> int | None:
         """Counts a reader no more. When it was the last one: the time (ms) at which the job ends unless one comes."""

@@ -44,13 +44,15 @@ class Kept(NamedTuple):
 class Trail:
     """The latest entries of one attempt, oldest first, and what it takes to write its record again."""
 
+    __slots__ = ("attempt", "bytes", "entries", "job", "logged", "over_a_hole", "replica", "started_at", "token")
+
     def __init__(self, job: Job, attempt: int, replica: str, started_at: float, token: str) -> None:
         self.job = job
         self.attempt = attempt
         self.replica = replica
         self.started_at = started_at
         self.token = token
-        self.entries: deque[Kept] = deque()
+        self.entries: list[Kept] = []
         self.bytes = 0
         """What the entries weigh."""
         self.logged = EventId(attempt, 0)
@@ -60,12 +62,15 @@ class Trail:
 
     def forget(self, upto: EventId) -> None:
         """Lets go of what is safe by now."""
-        while self.entries and self.entries[0].last <= upto:
-            self.bytes -= len(self.entries.popleft().data) + _OVERHEAD
+        safe = 0
+        while safe < len(self.entries) and self.entries[safe].last <= upto:
+            self.bytes -= len(self.entries[safe].data) + _OVERHEAD
+            safe += 1
+        del self.entries[:safe]
 
     def bridge(self, last: EventId, data: bytes) -> None:
         """Replaces what is left by one entry that makes up for all that was lost before it."""
-        self.entries = deque([Kept(self.logged, last, data)])
+        self.entries = [Kept(self.logged, last, data)]
         self.bytes = len(data) + _OVERHEAD
         self.over_a_hole = True
 

@@ -30,8 +30,11 @@ class Signals:
         """Gets a target that may take more requests."""
         self.on_breaker: Callable[[str], None] | None = None
         """Gets a target whose breaker opened, closed or may be probed."""
+        self.on_revoked: Callable[[str], None] | None = None
+        """Gets the id of an API key that is not valid any more."""
         self._connect = connect
-        self._channels = [name.encode() for name in (keys.wake, keys.cancel, keys.room, keys.breaker)]
+        channels = (keys.wake, keys.cancel, keys.room, keys.breaker, keys.revoked)
+        self._channels = [name.encode() for name in channels]
         self._connection: Connection | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -88,7 +91,7 @@ class Signals:
         kind, channel, data = message[0], message[1], message[-1]
         if kind != b"message":
             return
-        listeners = (self.on_work, self.on_cancel, self.on_room, self.on_breaker)
+        listeners = (self.on_work, self.on_cancel, self.on_room, self.on_breaker, self.on_revoked)
         hear = dict(zip(self._channels, listeners, strict=True)).get(channel)
         if hear is not None:
             hear(data.decode())

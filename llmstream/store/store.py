@@ -11,6 +11,7 @@ from typing import Any
 
 from llmstream.config import SchedulerSettings, StoreSettings
 from llmstream.errors import BadRequest, ConfigError, LLMStreamError
+from llmstream.store.api_keys import ApiKeys
 from llmstream.store.breakers import Breakers, Policy
 from llmstream.store.budgets import Budgets
 from llmstream.store.cluster import Cluster
@@ -21,6 +22,8 @@ from llmstream.store.lanes import Lanes
 from llmstream.store.log import Log
 from llmstream.store.memory import Memory, in_memory
 from llmstream.store.node import Node
+from llmstream.store.owned import Owned
+from llmstream.store.pipeline import Sender
 from llmstream.store.rate_limits import RateLimits
 from llmstream.store.readers import Readers
 from llmstream.store.recent import Recent
@@ -72,6 +75,8 @@ class Store:
         )
         self.readers = Readers(self.writes, self.keys)
         self.rate_limits = RateLimits(self.writes, self.keys)
+        self.owned = Owned(self.writes, self.keys, ttl_s=settings.unfinished_retention_s)
+        self.api_keys = ApiKeys(self.writes, self._surest, self.keys)
         self.repeats = Repeats(self.writes, self.keys, self.recent)
         self.log = Log(
             self.writes,
@@ -139,6 +144,7 @@ class Store:
     async def close(self) -> None:
         await self.presence.close()
         await self.recent.close()
+        self.owned.flush()
         for part in (self.signals, self.tail, self._servers):
             await part.close()
 
@@ -156,6 +162,9 @@ class Store:
         """Raises BadRequest when the server cannot give what ``durability`` promises."""
         if durability == "fsync" and self._sync_problem is not None:
             raise BadRequest(f"durability 'fsync' {self._sync_problem}", param="durability")
+
+    def _surest(self) -> Sender:
+        return self.synced if self._sync_problem is None else self.writes
 
     async def learn(self) -> None:
         """Finds out whether the server can confirm that a write is on its disk."""

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from typing import Any
 
 from llmstream.errors import StoreError
@@ -47,6 +48,8 @@ class Tail(ABC):
         self._changed = asyncio.Event()
         self._watched: frozenset[str] = frozenset()
         self._heard: dict[str, float] = {}
+        self._newborn: deque[tuple[float, Channel]] = deque()
+        """Logs that are to start here, with the time at which they are watched if they have not; soonest first."""
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -66,10 +69,24 @@ class Tail(ABC):
     def expect(self, channel: Channel) -> None:
         """Like :meth:`update`, but a log with nothing in it yet usually starts here a moment later, so it is given
         that moment first."""
-        if channel.empty:
-            asyncio.get_running_loop().call_later(NEWBORN_S, self.update, channel)
-        else:
+        if not channel.empty:
             self.update(channel)
+            return
+        loop = asyncio.get_running_loop()
+        self._newborn.append((loop.time() + NEWBORN_S, channel))
+        if len(self._newborn) == 1:
+            loop.call_later(NEWBORN_S, self._look_at_newborn)
+
+    def _look_at_newborn(self) -> None:
+        """One timer for all that were expected to start here."""
+        loop, newborn = asyncio.get_running_loop(), self._newborn
+        now = loop.time() + 0.001  # a timer may be a moment early
+        while newborn and newborn[0][0] <= now:
+            _, channel = newborn.popleft()
+            if not channel.owned:
+                self.update(channel)
+        if newborn:
+            loop.call_later(max(0.0, newborn[0][0] - now), self._look_at_newborn)
 
     def update(self, channel: Channel) -> None:
         """Looks again whether a log has to be watched: who follows or writes it has changed."""

@@ -18,6 +18,8 @@ from llmstream.types import EventId, Finished, Payload, Restart
 
 CONGESTED_BYTES = 256 * 1024
 """What may wait for the store before the model is asked to wait."""
+SUPERSEDED = "superseded"
+"""The code of an attempt that the store has let write no more."""
 _REFUSED = "equal or smaller"
 
 logger = logging.getLogger(__name__)
@@ -73,8 +75,10 @@ class Writer:
         self._ending = False
         """Whether what is pending goes with the terminal event."""
         self._finished = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._idle = True
+        """Whether everything appended so far is acknowledged."""
+        self._flushed: asyncio.Event | None = None
+        """Set, and let go, as soon as that is so; there only while somebody waits for it."""
         self._take(begun.entry, encode_payloads(begun.entry.payloads))
 
     def append(self, payload: Payload, size: int) -> None:
@@ -93,7 +97,9 @@ class Writer:
 
     async def flush(self) -> None:
         """Waits until everything appended so far is acknowledged. Raises Fenced or StoreUnavailable."""
-        await self._idle.wait()
+        if not self._idle:
+            self._flushed = self._flushed or asyncio.Event()
+            await self._flushed.wait()
         if self.lost is not None:
             raise self.lost
 
@@ -105,7 +111,7 @@ class Writer:
         await self._presence.recovered()  # an end that somebody was told of may be about to be written again
         self._ending = True
         if self._inflight is None and self._life == self._presence.life:
-            self._idle.set()  # what is pending need not go ahead of the end
+            self._rest()  # what is pending need not go ahead of the end
         await self.flush()
         entry, data = self._entry([finished])
         while True:
@@ -141,12 +147,18 @@ class Writer:
             return
         if (self._pending and not self._ending) or self._inflight or self._life != self._presence.life:
             self._armed = True
-            self._idle.clear()
+            self._idle = False
             # Somebody may wait for the first token; the others come in a row anyway.
             patient = self._logged.seq > 0 or not self.channel.hurried
             self._sender.defer(Lazy(self._key, self._command, patient), self._settle)
         else:
-            self._idle.set()
+            self._rest()
+
+    def _rest(self) -> None:
+        self._idle = True
+        if self._flushed is not None:
+            self._flushed.set()
+            self._flushed = None
 
     def _command(self) -> Command:
         if self._life != self._presence.life:
@@ -250,13 +262,13 @@ class Writer:
         self._sender.defer(("XRANGE", self._key, str(entry.last), str(entry.last)), compare)
 
     def _superseded(self) -> Fenced:
-        return Fenced(f"Attempt {self.attempt} of job {self.channel.job_id} was superseded.")
+        return Fenced(f"Attempt {self.attempt} of job {self.channel.job_id} was superseded.", code=SUPERSEDED)
 
     def _lose(self, error: Fenced | StoreUnavailable) -> None:
         if self.lost is None:
             self.lost = error
         self._pending, self._pending_bytes, self._inflight = [], 0, None
-        self._idle.set()
+        self._rest()
         if self.on_lost is not None:
             self.on_lost(self.lost)
 

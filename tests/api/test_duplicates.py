@@ -177,7 +177,7 @@ async def test_a_retry_of_a_cancelled_job_starts_one_new(http: aiohttp.ClientSes
     route = "/v1/chat/completions"
     stall = conversation(echo={"fault": "stall", "tokens": 2, "at": 1})
     job = await server.gateway.submit(
-        GenerateRequest(kind="chat", model="echo", body=stall), identity=Identity(fingerprint(stall), retry=0)
+        GenerateRequest.of(kind="chat", model="echo", body=stall), identity=Identity(fingerprint(stall), retry=0)
     )
     await server.gateway.cancel(job.id)
     retried = [
@@ -195,7 +195,7 @@ async def test_a_retry_of_a_cancelled_job_starts_one_new(http: aiohttp.ClientSes
 
 
 def plain_job() -> Job:
-    return Job(id=new_id(), request=GenerateRequest(kind="chat", model="echo", body={}), pool="echo", created_at=1.0)
+    return Job(id=new_id(), request=GenerateRequest.of(kind="chat", model="echo", body={}), pool="echo", created_at=1.0)
 
 
 @pytest.mark.parametrize("died", ["before the record", "before the queue", "after the store forgot the queue"])

@@ -31,7 +31,7 @@ BROKEN = Failure(message="The engine crashed.", type="upstream_error", code="eng
 
 
 def job(**body: Any) -> Job:
-    request = GenerateRequest(kind="chat", model="m", body={"model": "m", "messages": [], **body})
+    request = GenerateRequest.of(kind="chat", model="m", body={"model": "m", "messages": [], **body})
     return Job(id="j1", request=request, pool="m", created_at=1700000000.9)
 
 

@@ -41,8 +41,10 @@ from tests.bench.systems.portkey import Portkey
 from tests.bench.systems.smg import Smg
 from tests.bench.tools import Load
 
+UNLOGGED = Llmstream({"store.durability": "memory"}, name="llmstream-memory")
+"""The same server without its log: what the log costs."""
 SYSTEMS: dict[str, System] = {
-    system.name: system for system in (Direct(), Llmstream(), Nginx(), Smg(), Naive(), Portkey(), LiteLLM())
+    system.name: system for system in (Direct(), Llmstream(), UNLOGGED, Nginx(), Smg(), Naive(), Portkey(), LiteLLM())
 }
 
 Alone = Callable[[Bench, str], Awaitable[None]]

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from llmstream.config import StoreSettings
-from llmstream.store.embedded import find_server
+from llmstream.store.embedded import MALLOC, find_server
 from llmstream.store.store import Store, open_store
 from tests.bench.processes import running, until_ready
 
@@ -60,6 +60,6 @@ async def open_bench_store(folder: Path, core: str) -> AsyncIterator[BenchStore]
             return line.startswith(b"+PONG")
         return False
 
-    async with running([find_server(), *words], core=core, log=log) as process:
+    async with running([find_server(), *words], core=core, log=log, env=MALLOC) as process:
         await until_ready(process, log, answers)
         yield BenchStore(socket, process.pid)

@@ -52,6 +52,7 @@ TARGETS = (
     Target("whole, 64 connections: CPU per request, llmstream : smg", 2.0, _ratio("whole-64", REQUEST, "smg")),
     Target("whole, 64 connections: CPU per request, LiteLLM : llmstream", 30, _ratio_of_litellm, at_least=True),
     Target("burst: CPU per chunk, log on : off", 1.4, _ratio("burst", CHUNK, "llmstream-memory")),
+    Target("paced, 128 open: CPU per chunk, log on : off", 1.4, _ratio("paced", CHUNK, "llmstream-memory")),
     Target("first token added, idle, ms", 1.5, _figure("first-token", "ms added")),
     Target("first token added at 128 open, ms", 3.0, _figure("paced", "ms added")),
     Target("POST /chat/async to 202, ms", 5.0, _figure("accept", "ms from POST")),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from tests.bench import scale
 from tests.bench.machine import ROOT
 from tests.bench.report import Report
 from tests.bench.targets import verdicts
@@ -114,3 +115,19 @@ async def _answering(events: Sequence[str], status: int = 200) -> AsyncIterator[
         yield runner.addresses[0][1]
     finally:
         await runner.cleanup()
+
+
+def test_the_scale_page_shows_what_the_constants_give() -> None:
+    """Whoever changes a constant of the arithmetic changes the page."""
+    assert scale.table() in (Path(__file__).parent / "SCALE.md").read_text()
+
+
+def test_a_million_streams_need_more_of_everything() -> None:
+    """Work, memory and network follow the number of streams; a store keeps what its retention time asks for."""
+    few, many = scale.Plan(10_000, 1.0), scale.Plan(1_000_000, 1.0)
+    assert many.replica_cores == pytest.approx(100 * few.replica_cores)
+    assert many.client_gbit == pytest.approx(100 * few.client_gbit)
+    assert few.replicas * few.headroom >= few.replica_cores
+    assert scale.Plan(10_000, 1.0, retention_s=60).store_gb == pytest.approx(few.store_gb / 60)
+    assert scale.Plan(100, 1.0).first_limit == "nothing"
+    assert scale.Plan(10_000, 20.0).first_limit == "one replica's core"

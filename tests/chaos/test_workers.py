@@ -23,7 +23,7 @@ from llmstream.store.store import Store
 from llmstream.types import Event, Started
 from tests.chaos.reader import Reader
 from tests.chaos.truths import assert_exact, attempts_in
-from tests.chaos.workers import Workers, alive, all_done, pid_of, workers
+from tests.chaos.workers import Workers, alive, all_done, pid_of, replaced, workers
 from tests.conftest import assert_every_key_expires
 from tests.logs import stored
 from tests.replica import tokens
@@ -314,15 +314,6 @@ async def ask(service: Workers, accepted: list[str], done: asyncio.Event) -> Non
                 with suppress(aiohttp.ClientError):
                     await reader.read(http, told["stream_url"])
             assert reader.text == tokens(40)
-
-
-async def replaced(service: Workers, gone: set[str]) -> bool:
-    """Whether the service has all its workers, and none of these."""
-    try:
-        names = set(await service.replicas())
-    except aiohttp.ClientError:
-        return False
-    return len(names) == service.count and not names & gone
 
 
 async def running(store: Store, jobs: list[str], count: int) -> bool:

@@ -79,6 +79,15 @@ async def workers(data_dir: Path, count: int, **settings: Any) -> AsyncIterator[
         await service.close()
 
 
+async def replaced(service: Workers, gone: set[str]) -> bool:
+    """Whether the service has all its workers, and none of these."""
+    try:
+        names = set(await service.replicas())
+    except aiohttp.ClientError:
+        return False
+    return len(names) == service.count and not names & gone
+
+
 def pid_of(replica: str) -> int:
     """A replica's process, which its name tells."""
     return int(replica.rsplit("-", 2)[1])

@@ -64,12 +64,12 @@ async def batches(
 def chat(text: str = "hello world", **fields: Any) -> GenerateRequest:
     """A greedy chat request of one user message."""
     body = {"messages": [{"role": "user", "content": text}], "temperature": 0, **fields}
-    return GenerateRequest("chat", "tiny", body)
+    return GenerateRequest.of("chat", "tiny", body)
 
 
 def completion(prompt: Any, **fields: Any) -> GenerateRequest:
     """A greedy text completion."""
-    return GenerateRequest("completion", "tiny", {"prompt": prompt, "temperature": 0, **fields})
+    return GenerateRequest.of("completion", "tiny", {"prompt": prompt, "temperature": 0, **fields})
 
 
 def logged(deltas: Iterable[Delta]) -> Transcript:

@@ -31,7 +31,7 @@ def echo(**settings: Any) -> EchoProvider:
 
 def ask(text: str = "one two  three", **body: Any) -> GenerateRequest:
     messages = [{"role": "user", "content": "before"}, {"role": "user", "content": text}]
-    return GenerateRequest(kind="chat", model="echo", body={"model": "echo", "messages": messages, **body})
+    return GenerateRequest.of(kind="chat", model="echo", body={"model": "echo", "messages": messages, **body})
 
 
 async def collect(
@@ -73,7 +73,7 @@ async def test_kinds_of_messages(body: dict[str, Any], text: str) -> None:
 
 async def test_text_completion() -> None:
     """A text completion repeats its prompt, also when it asks for that in the API's own way."""
-    request = GenerateRequest(kind="completion", model="echo", body={"prompt": "a b", "echo": True})
+    request = GenerateRequest.of(kind="completion", model="echo", body={"prompt": "a b", "echo": True})
     deltas = await collect(echo(), request)
     assert transcript(deltas).text == "a b"
     assert deltas[-1].usage == Usage(prompt_tokens=2, completion_tokens=2)

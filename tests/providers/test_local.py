@@ -218,7 +218,7 @@ async def test_a_field_that_cannot_be_honoured_is_named(provider: LocalProvider,
 async def test_parts_that_are_not_text_are_refused(provider: LocalProvider) -> None:
     """An image in a message is a clear error, not silence."""
     image = {"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}
-    request = GenerateRequest("chat", "tiny", {"messages": [{"role": "user", "content": [image]}]})
+    request = GenerateRequest.of("chat", "tiny", {"messages": [{"role": "user", "content": [image]}]})
     with pytest.raises(BadRequest, match="not text") as caught:
         await provider.check(request)
     assert caught.value.param == "messages[0].content[0]"
@@ -235,11 +235,11 @@ async def test_fields_that_tune_a_hosted_service_are_without_effect(provider: Lo
     )  # fmt: skip
 
 
-async def test_text_no_json_can_hold_is_refused(provider: LocalProvider) -> None:
-    """A lone surrogate is the caller's mistake, in ``check`` as in ``generate``."""
-    for ask in (provider.check(chat("\ud800")), collect(provider, chat("\ud800"))):
-        with pytest.raises(BadRequest):
-            await ask
+def test_what_no_json_can_hold_is_no_request() -> None:
+    """A lone surrogate or an infinite number is the caller's mistake, found when the request is made."""
+    for body in ({"messages": "\ud800"}, {"seed": float("inf")}):
+        with pytest.raises(ValueError, match=r"surrogates|JSON compliant"):
+            GenerateRequest.of("chat", "m", body)
 
 
 async def test_a_refused_request_is_not_the_engines_fault(provider: LocalProvider) -> None:

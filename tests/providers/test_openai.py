@@ -62,7 +62,7 @@ def connect(base_url: str, *, slots: int = 8, **settings: Any) -> OpenAIProvider
 
 def ask(**body: Any) -> GenerateRequest:
     messages = [{"role": "user", "content": "hi"}]
-    return GenerateRequest(kind="chat", model="m", body={"model": "m", "messages": messages, **body})
+    return GenerateRequest.of(kind="chat", model="m", body={"model": "m", "messages": messages, **body})
 
 
 async def until_error(
@@ -138,7 +138,7 @@ async def test_request_goes_up_as_it_came(provider: OpenAIProvider, upstream: Up
 
 async def test_members_of_the_upstream_with_our_names(provider: OpenAIProvider, upstream: Upstream) -> None:
     """A routing object named provider and a flag named echo belong to the upstream and go up."""
-    request = GenerateRequest(
+    request = GenerateRequest.of(
         kind="completion", model="m", body={"model": "m", "prompt": "x", "echo": True, "provider": {"order": ["a"]}}
     )
     assert transcript(await collect(provider, request)).text == "Hello there you"
@@ -528,7 +528,7 @@ def test_what_can_be_continued(upstream: Upstream) -> None:
     assert not able.can_continue(ask(n=2), text)
     assert not able.can_continue(ask(response_format={"type": "json_object"}), text)
     assert not able.can_continue(ask(), transcript([Delta("a", fields={"tool_calls": [{"index": 0}]})]))
-    assert not able.can_continue(GenerateRequest(kind="completion", model="m", body={"prompt": "x"}), text)
+    assert not able.can_continue(GenerateRequest.of(kind="completion", model="m", body={"prompt": "x"}), text)
 
 
 async def test_health(provider: OpenAIProvider, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def routes(**given: Mapping[str, Any]) -> dict[str, RouteSettings]:
 
 
 def request(model: str, provider: str | None = None) -> GenerateRequest:
-    return GenerateRequest(kind="chat", model=model, body={"model": model}, provider=provider)
+    return GenerateRequest.of(kind="chat", model=model, body={"model": model}, provider=provider)
 
 
 def names(router: Router, model: str, provider: str | None = None) -> list[str]:

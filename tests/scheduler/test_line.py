@@ -14,7 +14,7 @@ from llmstream.scheduler.line import Line
 from llmstream.store.store import Store
 from llmstream.types import GenerateRequest, Job, new_id
 
-REQUEST = GenerateRequest(kind="chat", model="echo", body={})
+REQUEST = GenerateRequest.of(kind="chat", model="echo", body={})
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.integers(-10, 10), st.sampled_from("abc")),

@@ -337,7 +337,7 @@ async def test_a_full_queue_says_when_to_come_back(tmp_path: Path) -> None:
     async with open_gateway(settings) as gateway:
 
         def ask(**options: object) -> GenerateRequest:
-            return GenerateRequest(kind="chat", model=MODEL, body={"messages": [], "echo": options})
+            return GenerateRequest.of(kind="chat", model=MODEL, body={"messages": [], "echo": options})
 
         for _ in range(3):
             _, follower = await gateway.start(ask(tokens=20, delay_ms=10))
@@ -378,7 +378,7 @@ async def test_many_jobs_over_the_constant_connections(store: Store) -> None:
 
 async def test_a_job_nobody_knows_is_dropped(store: Store) -> None:
     """A queued id without a record is settled, not run."""
-    job = Job(id=new_id(), request=GenerateRequest(kind="chat", model=MODEL, body={}), pool=MODEL, created_at=0.0)
+    job = Job(id=new_id(), request=GenerateRequest.of(kind="chat", model=MODEL, body={}), pool=MODEL, created_at=0.0)
     await lanes_of(store).push(job)
     async with replica(store):
         await wait_until(lambda: idle(store))

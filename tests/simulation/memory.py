@@ -95,6 +95,11 @@ class Memory:
     def _do_publish(self, channel: bytes, message: bytes) -> int:
         return self.on_publish(channel, message)
 
+    def _do_pttl(self, key: bytes) -> int:
+        if key not in self.data:
+            return -2
+        return self.expires[key] - int(self.now_ms) if key in self.expires else -1
+
     def _do_pexpire(self, key: bytes, ttl_ms: bytes) -> int:
         if key not in self.data:
             return 0

@@ -205,7 +205,7 @@ class World:
                 "at": rng.randint(0, int(str(echo["tokens"]))),
                 "attempts": rng.choice((1, 1, 2, 9)),
             }
-        request = GenerateRequest(kind="chat", model=MODEL, body={"echo": echo, "nonce": number})
+        request = GenerateRequest.of(kind="chat", model=MODEL, body={"echo": echo, "nonce": number})
         job = Job(
             id=f"job{number}",
             request=request,

@@ -93,3 +93,14 @@ def test_it_knows_the_end() -> None:
     assert not channel.finished
     channel.publish(Entry(EventId(1, 1), [Finished(status="completed", at=0.0)], 1), EventId(1, 0))
     assert channel.finished
+
+
+def test_frames_are_kept_only_for_others() -> None:
+    """What one reader was sent is let go at once; where several read, an entry is rendered for all of them."""
+    for followers, left in ((1, {}), (2, {"native": b"frame"})):
+        channel = Channel("j")
+        channel.followers = followers
+        channel.listeners.add(lambda entry, _: entry.rendered.update({"native": b"frame"}) if entry else None)
+        ((entry, previous),) = make_log([1])
+        channel.publish(entry, previous)
+        assert entry.rendered == left

@@ -15,7 +15,7 @@ from llmstream.types import GenerateRequest, Job, new_id
 from tests.waiting import wait_until
 
 SETTINGS = SchedulerSettings()
-REQUEST = GenerateRequest(kind="chat", model="echo", body={})
+REQUEST = GenerateRequest.of(kind="chat", model="echo", body={})
 
 
 def make_job(priority: int = 0, principal: str = "a", expires_at: float | None = None) -> Job:

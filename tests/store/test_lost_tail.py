@@ -162,7 +162,7 @@ async def test_a_hole_that_nobody_can_fill_is_said(server: Valkey, store: Store)
     writer = await open_writer(store, job)
     say(writer, "gone")
     await writer.flush()
-    writer._trail.entries.popleft()
+    writer._trail.entries.pop(0)
     told: list[Exception] = []
     writer.on_lost = told.append
     await server.set_back()

@@ -8,7 +8,7 @@ from llmstream.store.presence import Presence
 from llmstream.store.recent import KEEP_S, SPAN_S, Recent, Trail
 from llmstream.types import EventId, GenerateRequest, Job
 
-JOB = Job(id="j", request=GenerateRequest(kind="chat", model="m", body={}), pool="m", created_at=0.0)
+JOB = Job(id="j", request=GenerateRequest.of(kind="chat", model="m", body={}), pool="m", created_at=0.0)
 
 
 class Books:

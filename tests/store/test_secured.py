@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import llmstream.store
+from llmstream.access.credentials import issue
 from llmstream.config import StoreSettings
 from llmstream.errors import ConfigError
 from llmstream.store.store import open_store
@@ -53,6 +54,14 @@ async def run_jobs(url: str) -> None:
         await wait_until(lambda: scheduler.running == 0)
         await store.jobs.join_session("s", job)
         assert await store.jobs.session_jobs("s") == [job.id]
+        store.owned.note(job)
+        assert await store.owned.latest(job.principal) == [job.id]
+        key = issue("alice", scopes=["read"], models=None, now=0.0, expires_at=60.0)[1]
+        await store.api_keys.add(key, 0.0)
+        assert await store.api_keys.find(key.id) == key
+        assert await store.api_keys.all() == [key]
+        assert await store.api_keys.revoke(key.id)
+        assert await store.api_keys.keep_secret(b"secret") == b"secret"
         assert (await store.lanes("echo", FAST).standing(job.id)).ahead is None
         assert (await store.lanes("echo", FAST).census()).served == 2
         assert await store.lanes("echo", FAST).recent(5)

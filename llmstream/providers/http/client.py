@@ -66,16 +66,18 @@ class Client:
         for connection in list(self._open):
             connection.abort()
 
-    def post(self, where: bytes, body: bytes) -> Exchange:
-        """Sends a request; the block gets the connection with status and headers. Raises Broken.
+    def post(self, where: bytes, body: bytes, more: bytes = b"") -> Exchange:
+        """Sends a request, with ``more`` header lines; the block gets the connection with status and headers. Raises
+        Broken.
 
         Leaving the block by an exception stops the upstream at once; after a plain end what is left of the answer is
         let go by, for a moment, so that the connection can be used again. Redirects are not followed.
         """
-        request = b"POST %b%b HTTP/1.1\r\n%bContent-Length: %d\r\n\r\n%b" % (
+        request = b"POST %b%b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n%b" % (
             self._base,
             where,
             self._fields,
+            more,
             len(body),
             body,
         )

@@ -34,7 +34,7 @@ class _Run:
         start = time.perf_counter()
         for number, question in enumerate(QUESTIONS):
             body = {"messages": [{"role": "user", "content": question}], "max_tokens": TOKENS, "temperature": 0}
-            request = GenerateRequest(kind="chat", model=MODEL, body=body)
+            request = GenerateRequest.of(kind="chat", model=MODEL, body=body)
             engine.start(Generation(first_id + number, request), self.emit)
         if not self._over.wait(WAIT_S):
             sys.exit("the engine did not end in time")

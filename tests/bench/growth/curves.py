@@ -66,7 +66,7 @@ async def _add_backlog(bench: Bench, server: Running, count: int) -> None:
     """Fills the queue up to ``count`` jobs, written as the server itself would."""
     missing = count - await _waiting(server)
     body = {"model": "mock-n1-d0", "messages": [{"role": "user", "content": "later"}]}
-    request = GenerateRequest(kind="chat", model=body["model"], body=body)  # type: ignore[arg-type]
+    request = GenerateRequest.of(kind="chat", model=body["model"], body=body)  # type: ignore[arg-type]
     async with bench.store.inside() as store:
         lanes = store.lanes(POOL, SchedulerSettings(max_waiting=10**7))
 

@@ -1,4 +1,4 @@
-"""llmstream as a user runs it: ``serve``, everything logged before it is seen."""
+"""llmstream as a user runs it: ``serve``; unless told otherwise everything is logged before it is seen."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ class Llmstream:
         self.name = name
         self._settings = settings or {}
 
+        self._durability = str(self._settings.get("store.durability", "full"))
+
     async def prepare(self, bench: Bench) -> str:
-        return f"{bench.report.machine['llmstream']}, log full"
+        return f"{bench.report.machine['llmstream']}, durability {self._durability}"
 
     @asynccontextmanager
     async def serve(self, bench: Bench, *, core: str | None = None) -> AsyncIterator[Running]:
@@ -36,4 +38,4 @@ class Llmstream:
         log = folder / "log.txt"
         async with running(command, core=core or bench.cores.server, log=log, cwd=ROOT) as process:
             await until_ready(process, log, lambda: serves_chat(port, {}))
-            yield Running(self.name, port, process.pid, keeps_log=True)
+            yield Running(self.name, port, process.pid, keeps_log=self._durability != "memory")

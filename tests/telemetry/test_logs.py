@@ -9,6 +9,7 @@ import pytest
 
 from llmstream.config import LoggingSettings
 from llmstream.telemetry import setup_logging
+from llmstream.telemetry.origin import ORIGIN, Origin
 
 log = logging.getLogger("llmstream.tests.telemetry")
 
@@ -79,6 +80,24 @@ def test_level_and_repeated_setup(capsys: pytest.CaptureFixture[str]) -> None:
     assert [entry["message"] for entry in entries(capsys)] == ["this"]
 
 
+def test_lines_know_the_request_and_the_job_that_they_are_about(capsys: pytest.CaptureFixture[str]) -> None:
+    """The ids of the work at hand stand on every line, unless the line names others; without work there are none."""
+    setup_logging(LoggingSettings(format="json"), pid=7)
+    log.info("idle")
+    token = ORIGIN.set(Origin("r1", "j1"))
+    try:
+        log.info("own")
+        log.info("another's", extra={"job_id": "j2"})
+    finally:
+        ORIGIN.reset(token)
+    ids = [{key: entry.get(key) for key in ("request_id", "job_id", "pid")} for entry in entries(capsys)]
+    assert ids == [
+        {"request_id": None, "job_id": None, "pid": 7},
+        {"request_id": "r1", "job_id": "j1", "pid": 7},
+        {"request_id": "r1", "job_id": "j2", "pid": 7},
+    ]
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -87,6 +106,10 @@ def test_level_and_repeated_setup(capsys: pytest.CaptureFixture[str]) -> None:
         "api_key=hunter2-hunter2",
         '{"password": "hunter2-hunter2"}',
         "key sk-hunter2-hunter2 refused",
+        "REDISS://USER:hunter2-hunter2@HOST:6379/0",
+        "AUTHORIZATION: BASIC hunter2-hunter2",
+        "Access-Token: hunter2-hunter2",
+        "CLIENT_SECRET='hunter2-hunter2'",
     ],
 )
 @pytest.mark.parametrize("form", ["console", "json"])

@@ -1,0 +1,1 @@
+"""Who asks: API keys, and signed URLs that stand for one."""

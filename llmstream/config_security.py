@@ -1,0 +1,102 @@
+"""Who may use the server: API keys of the configuration, stream URLs, browsers, the length of prompts."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+
+from llmstream.config_schema import Section, comma_separated
+from llmstream.types import Scope
+
+KEY_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+KEY_NAME_RULE = "up to 64 letters, digits and . _ - that begin with a letter or digit"
+MIN_API_KEY = 16
+"""Characters: shorter ones can be guessed, or are the mask of --print-config."""
+
+
+class KeySettings(Section):
+    """One API key of the configuration; limits of a key belong here and into :class:`llmstream.types.ApiKey`."""
+
+    value: SecretStr
+    """The key itself, 16 characters or more, for example ``openssl rand -hex 32``."""
+    scopes: Annotated[list[Scope], Field(min_length=1)] = ["generate"]
+    """``read``: see one's own jobs; ``generate``: also make, cancel and requeue them; ``admin``: all that with
+    everybody's."""
+    models: list[str] = ["*"]
+    """Models that may be asked for, as patterns such as ``gpt-*``."""
+    expires: datetime | None = None
+    """From then on the key is refused; UTC unless it says otherwise."""
+
+    _lists = field_validator("scopes", "models", mode="before")(comma_separated)
+
+    @field_validator("value")
+    @classmethod
+    def _not_guessable(cls, value: SecretStr) -> SecretStr:
+        return SecretStr(_api_key(value.get_secret_value()))
+
+    @field_validator("expires")
+    @classmethod
+    def _with_time_zone(cls, expires: datetime | None) -> datetime | None:
+        return expires.replace(tzinfo=UTC) if expires is not None and expires.tzinfo is None else expires
+
+
+class SecuritySettings(Section):
+    api_key: SecretStr | None = None
+    """API keys without a name, separated by commas, each with the scope ``generate``. ``API_KEYS`` sets it too."""
+    keys_required: bool = False
+    """Asks for API keys also when the configuration names none: those of ``llmstream keys create``."""
+    open: list[Literal["health", "metrics", "docs"]] = ["health", "metrics", "docs"]
+    """Routes that need no key where others do."""
+    stream_url_s: Annotated[float, Field(ge=1, le=7 * 86400)] = 3600.0
+    """How long the signed ``stream_url`` of a job can be opened without a key."""
+    stream_secret: SecretStr | None = None
+    """Signs stream URLs, 16 characters or more; without one the replicas share one that is kept in the store."""
+    cors_origins: list[str] = []
+    """Origins whose pages may call this server from a browser, for example ``https://app.example.com``; ``*``: all."""
+    max_prompt_chars: Annotated[int, Field(ge=1)] | None = None
+    """Longest prompt, all messages together; a longer one is refused with 400."""
+
+    _lists = field_validator("open", "cors_origins", mode="before")(comma_separated)
+
+    @property
+    def api_keys(self) -> list[str]:
+        """The single keys of ``api_key``."""
+        return split_keys(self.api_key.get_secret_value()) if self.api_key is not None else []
+
+    @field_validator("api_key")
+    @classmethod
+    def _not_guessable(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            for key in split_keys(value.get_secret_value()) or [""]:
+                _api_key(key)
+        return value
+
+    @field_validator("stream_secret")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        return value and SecretStr(_api_key(value.get_secret_value()))
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s*]+", origin):
+                raise ValueError("a list of origins such as https://app.example.com, without a path, or *")
+        return origins
+
+
+def split_keys(text: str) -> list[str]:
+    """Single API keys of a list that was written as one text, or as the lines of a file."""
+    return [key for key in re.split(r"[,\s]+", text) if key]
+
+
+def _api_key(value: str) -> str:
+    if len(value) < MIN_API_KEY or not re.fullmatch(r"[!-~]+", value) or "," in value:
+        raise ValueError(
+            f"{MIN_API_KEY} or more printable ASCII characters without spaces and commas, for example what "
+            "'openssl rand -hex 32' prints"
+        )
+    return value
