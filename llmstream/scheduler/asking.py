@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from llmstream.errors import ContextLengthExceeded, LLMStreamError, ProviderError, UpstreamBroken
 from llmstream.providers.base import CannotContinue, Sink
-from llmstream.routing.gates import Ask, Crossing, Gates, NoRoom
+from llmstream.routing.gates import Ask, Crossing, Gates, NoRoom, Resting
 from llmstream.routing.router import Router
 from llmstream.routing.targets import Target
 from llmstream.scheduler.intake import Intake
@@ -23,6 +23,9 @@ from llmstream.types import Delta, Event, EventId, Job, Usage
 
 _BARELY_BEGUN = Transcript([Event(EventId(1, 1), Delta())])
 """Stands for whatever text an attempt may have produced when it is asked to hand over."""
+
+REST_S = 0.05
+"""Shortest wait for a target that is left alone."""
 
 logger = logging.getLogger(__name__)
 
@@ -87,24 +90,32 @@ class Asking:
         """Puts the whole answer into ``intake``; calls ``restart`` before a target starts over. Raises what the last
         target had to say, or the first that began to answer."""
         self._intake = intake
-        left, refusals, full = deque(steps), list[LLMStreamError](), list[Step]()
-        while left:
-            step = left.popleft()
-            if step.so_far is None and restart is not None:
-                restart()
-                restart = None
-            try:
-                return await self._ask_or_race(step, left, intake)
-            except (ProviderError, ContextLengthExceeded) as error:
-                if intake.got_token or not error.elsewhere:
-                    raise
-                refusals.append(error)
-                if isinstance(error, CannotContinue) and restart is not None:
-                    left.append(Step(step.target, None))
-                full += [step] if isinstance(error, NoRoom) else []
-        if full:
-            return await self._wait_and_ask(full[0], intake)
-        raise min(refusals, key=_hope) if refusals else self.fault or UpstreamBroken("Nobody can go on from here.")
+        while True:
+            left, refusals = deque(steps), list[tuple[Step, LLMStreamError]]()
+            while left:
+                step = left.popleft()
+                if step.so_far is None and restart is not None:
+                    restart()
+                    restart = None
+                    steps = [Step(each.target, None) for each in steps]  # what was said is void
+                try:
+                    return await self._ask_or_race(step, left, intake)
+                except (ProviderError, ContextLengthExceeded) as error:
+                    if intake.got_token or not error.elsewhere:
+                        raise
+                    refusals.append((step, error))
+                    if isinstance(error, CannotContinue) and restart is not None:
+                        left.append(Step(step.target, None))
+            if not refusals:
+                raise self.fault or UpstreamBroken("Nobody can go on from here.")
+            if full := [step for step, each in refusals if isinstance(each, NoRoom)]:
+                return await self._wait_and_ask(full[0], intake)
+            best = min((each for _, each in refusals), key=_hope)
+            if not all(isinstance(each, Resting) for _, each in refusals):
+                raise best
+            # Others have failed here, this job has not: it waits, and keeps its attempts.
+            intake.silent_since = None
+            await asyncio.sleep(max(best.retry_after or 0.0, REST_S))
 
     def blame(self, error: LLMStreamError) -> None:
         """Holds whoever is being asked responsible for an error."""

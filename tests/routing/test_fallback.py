@@ -204,6 +204,25 @@ async def test_only_one_asks_a_target_that_may_be_well_again(tmp_path: Path, ups
             assert (await finished(server, job)).status == "completed"
 
 
+async def test_starting_over_where_all_targets_rest(tmp_path: Path, upstream: Upstream) -> None:
+    """An answer breaks off, and no target may be asked for a while: what is said after the restart is one answer, not
+    the rest of the one that is void."""
+    upstream.models["a"] = Reply(PIECES, fault="cut", at=1)
+    upstream.models["b"] = Reply(status=500, body={})
+    providers = {
+        "one": {"base_url": upstream.url, "models": [], "continue_by": "assistant_prefill"},
+        "two": {"base_url": upstream.url, "models": [], "continue_by": "none"},
+    }
+    breaker = {"failures": 1, "open_s": 0.4}
+    async with serving(tmp_path, upstream, providers=providers, breaker=breaker) as (server, http):
+        await run(server, http, provider="two")  # which opens the breaker of b
+        job = await submit(http)
+        await wait_until(lambda: set(server.gateway.breakers) == {"one/a", "two/b"})
+        upstream.models["a"] = upstream.models["b"] = Reply(PIECES, prefill=True)
+        assert (await finished(server, job)).status == "completed"
+        assert (await server.gateway.transcript(job)).text == WHOLE
+
+
 async def test_no_retry_after_a_cancellation(tmp_path: Path, upstream: Upstream) -> None:
     """A job cancelled in the pause behind a failed attempt is never asked for again."""
     upstream.models["a"] = upstream.models["b"] = Reply(status=500, body={})

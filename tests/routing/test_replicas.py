@@ -98,36 +98,33 @@ async def test_requests_a_minute_hold_through_kills(tmp_path: Path, upstream: Up
 
 
 async def test_an_open_breaker_outlives_who_opened_it(tmp_path: Path, upstream: Upstream) -> None:
-    """Failures that one replica saw keep the others, and its successor, from asking; the first probe closes it for
-    all."""
+    """Failures that one replica saw keep the others, and its successor, from asking: what they accept waits, and
+    costs no attempt. The first probe closes it for all."""
     upstream.models["m"] = Reply(status=500, body={})
-    more = {"breaker.failures": 3, "breaker.open_s": 4, "scheduler.max_attempts": 1}
-    async with open_fleet(tmp_path, {**settings(upstream), **more}) as fleet:
+    more = {"breaker.failures": 3, "breaker.open_s": 8, "scheduler.max_attempts": 1}
+    async with open_fleet(tmp_path, {**settings(upstream), **more}) as fleet, fleet.inside() as store:
+        breakers = store.breakers("looks", Policy(), lease_s=LEASE_S)
+
+        async def is_open() -> bool:
+            await breakers.refresh()
+            return breakers.states.get("far/m") == "open"
+
         first, *others = fleet.replicas
         async with fleet.only(first):
             assert await ended(fleet, [await submit(first) for _ in range(3)]) == ["failed"] * 3
         await first.end(signal.SIGKILL)
-        asked = len(upstream.requests)
-        assert asked == 3
-        refused = [await submit(replica) for replica in others for _ in range(3)]
-        assert await ended(fleet, refused) == ["failed"] * len(refused)
-        assert len(upstream.requests) == asked
-        async with fleet.inside() as store:
-            codes = {state.failure.code for state in await store.jobs.find_all(refused) if state.failure}
-            assert codes == {"target_resting"}
-            breakers = store.breakers("looks", Policy(), lease_s=LEASE_S)
-            await breakers.refresh()
-            assert set(breakers.states) == {"far/m"}
-
-            async def due() -> bool:
-                await breakers.refresh()
-                return breakers.admits("far/m")
-
-            await wait_until(due)
         upstream.models["m"] = Reply()
+        jobs = [await submit(replica) for replica in others for _ in range(3)]
+
+        async def begun() -> bool:
+            return all(state.status == "in_progress" for state in await store.jobs.find_all(jobs))
+
+        await wait_until(begun)
+        asked = len(upstream.requests)
+        assert await is_open()
+        assert asked == 3
         await first.start()
-
-        async def works() -> bool:
-            return await ended(fleet, [await submit(replica) for replica in fleet.replicas]) == ["completed"] * 3
-
-        await wait_until(works)
+        jobs += [await submit(first) for _ in range(3)]
+        assert await ended(fleet, jobs) == ["completed"] * len(jobs)
+        assert {state.attempt for state in await store.jobs.find_all(jobs)} == {1}
+        assert len(upstream.requests) == 3 + len(jobs)
