@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from llmstream.access.credentials import issue
 from llmstream.api import chat
 from llmstream.cli import main
-from llmstream.config import ProviderSettings, Settings, load
+from llmstream.config import BreakerSettings, ProviderSettings, RetrySettings, Settings, load
 from llmstream.config_security import KeySettings
 from llmstream.errors import ConfigError
 from llmstream.server import Server
@@ -42,6 +42,8 @@ def planted_settings(data_dir: Path) -> Settings:
             "api_key": f"{PLANTED['single key']},{PLANTED['second single key']}",
             "stream_secret": PLANTED["stream secret"],
         },
+        retry=RetrySettings(base_s=0.01),
+        breaker=BreakerSettings(failures=1000),
         providers={
             "up": ProviderSettings(
                 base_url="http://127.0.0.1:9/v1", api_key=SecretStr(PLANTED["provider key"]), models=["up"]

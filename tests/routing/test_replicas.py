@@ -94,7 +94,8 @@ async def test_requests_a_minute_hold_through_kills(tmp_path: Path, upstream: Up
         assert (await spent(fleet)).requests == 18
         async with fleet.inside() as store:
             states = await store.jobs.find_all(jobs)
-        assert {state.status for state in states} <= {"completed", "queued"}
+        # What the killed replica had begun waits for its second request as what it is: begun.
+        assert {state.status for state in states} <= {"completed", "queued", "in_progress"}
 
 
 async def test_an_open_breaker_outlives_who_opened_it(tmp_path: Path, upstream: Upstream) -> None:
