@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import SplitResult, urlsplit
 
 import yaml
 from msgspec.structs import replace
@@ -16,7 +15,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 
 from llmstream.config_broker import BrokerSettings
 from llmstream.config_routes import CacheSettings, ChatHistorySettings, ModelDefaults, QuestionSettings
-from llmstream.config_schema import Section, Setting, comma_separated, plain, schema_of
+from llmstream.config_schema import Section, Setting, comma_separated, plain, schema_of, split_url
 from llmstream.config_security import KEY_NAME_PATTERN, KEY_NAME_RULE, KeySettings, SecuritySettings
 from llmstream.config_sources import build
 from llmstream.config_variables import from_known_variables
@@ -256,7 +255,7 @@ class ProviderSettings(Section):
     @field_validator("base_url")
     @classmethod
     def _http_url(cls, url: str | None) -> str | None:
-        parts = _split(url) if url is not None else None
+        parts = split_url(url) if url is not None else None
         if url is not None and (not parts or parts.scheme not in ("http", "https") or not parts.hostname):
             raise ValueError("an http:// or https:// URL with a host, for example https://api.openai.com/v1")
         return url
@@ -351,7 +350,7 @@ class TelemetrySettings(Section):
     @field_validator("otlp_endpoint")
     @classmethod
     def _http_url(cls, url: str | None) -> str | None:
-        parts = _split(url) if url is not None else None
+        parts = split_url(url) if url is not None else None
         if url is not None and not (parts and parts.scheme in ("http", "https") and parts.hostname):
             raise ValueError("an http:// or https:// URL with a host, for example http://localhost:4318")
         if parts is not None and parts.username is not None:
@@ -522,7 +521,7 @@ def store_urls(url: str) -> list[str]:
 
 
 def _is_redis_url(url: str) -> bool:
-    parts = _split(url)
+    parts = split_url(url)
     if not parts:
         return False
     if parts.scheme == "unix":
@@ -530,12 +529,3 @@ def _is_redis_url(url: str) -> bool:
     # A password with an unescaped / # or ? moves into these parts, from where it could end up in a message.
     whole = not parts.fragment and re.fullmatch(r"/?\d*", parts.path) and "@" not in parts.query
     return parts.scheme in ("redis", "rediss") and bool(parts.hostname) and bool(whole)
-
-
-def _split(url: str) -> SplitResult | None:
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises ValueError where it is no number
-    except ValueError:
-        return None
-    return parts

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
-from llmstream.config_schema import Section
+from llmstream.config_schema import Section, split_url
 
 
 class BrokerSettings(Section):
@@ -48,9 +47,5 @@ class BrokerSettings(Section):
 
 
 def _is_amqp_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises ValueError where it is no number
-    except ValueError:
-        return False
-    return parts.scheme in ("amqp", "amqps") and bool(parts.hostname)
+    parts = split_url(url)
+    return parts is not None and parts.scheme in ("amqp", "amqps") and bool(parts.hostname)

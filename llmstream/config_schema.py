@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -203,3 +203,13 @@ def _mask_query(query: str) -> str:
 
 def _tells(name: str) -> bool:
     return any(word in name.lower() for word in ("password", "secret", "token", "key"))
+
+
+def split_url(url: str) -> SplitResult | None:
+    """The parts of a URL; None for what is none."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises ValueError where it is no number
+    except ValueError:
+        return None
+    return parts

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from msgspec.structs import replace
 
@@ -77,6 +77,21 @@ STORE_RETRY_AFTER_S = 1.0
 logger = logging.getLogger(__name__)
 
 
+class Submission(TypedDict, total=False):
+    """What can be said about a job beside its request."""
+
+    principal: Principal | None
+    """Who asks; by default whoever may use a server without keys."""
+    priority: int
+    session_id: str | None
+    deadline_s: float | None
+    durability: Durability | None
+    grace_s: float | None
+    """The job is cancelled once nobody has read it for so long."""
+    restarts: bool
+    """False: an answer that its model breaks off where it cannot go on fails, and keeps what was said."""
+
+
 class Gateway:
     """Accepts jobs, reads their logs, ends them. Does not know HTTP, and does not know models."""
 
@@ -110,54 +125,28 @@ class Gateway:
         )
 
     async def submit(
-        self,
-        request: GenerateRequest,
-        *,
-        principal: Principal | None = None,
-        priority: int = 0,
-        session_id: str | None = None,
-        deadline_s: float | None = None,
-        durability: Durability | None = None,
-        identity: Identity | None = None,
-        grace_s: float | None = None,
-        restarts: bool = True,
+        self, request: GenerateRequest, *, identity: Identity | None = None, **given: Unpack[Submission]
     ) -> Job:
         """Accepts a job; from here on it reaches a terminal state whatever happens to this process. Only a memory job
         ends with the process.
 
-        A request whose ``identity`` was accepted before is that job, which may be running or over. With ``grace_s`` it
-        is cancelled once nobody has read it for so long. Without ``restarts`` an answer that its model breaks off where
-        it cannot go on fails, and keeps what was said.
+        A request whose ``identity`` was accepted before is that job, which may be running or over.
 
         Raises BadRequest or ModelNotFound for what can never run, Overloaded with ``retry_after`` when the queue is
         full, Conflict when the identity belongs to a different request, ShuttingDown, StoreUnavailable. After an error
         nothing is left behind.
         """
-        job = await self._admit(
-            request, principal or Principal(), priority, session_id, deadline_s, durability, grace_s, restarts
-        )
+        job = await self._admit(request, **given)
         if in_memory(job.id):
             return self._run_here(job, identity)
         job = await self._duplicates.identify(job, identity)
         return await self._enqueue(job, identity)
 
     async def start(
-        self,
-        request: GenerateRequest,
-        *,
-        principal: Principal | None = None,
-        priority: int = 0,
-        session_id: str | None = None,
-        deadline_s: float | None = None,
-        durability: Durability | None = None,
-        identity: Identity | None = None,
-        grace_s: float | None = None,
-        restarts: bool = True,
+        self, request: GenerateRequest, *, identity: Identity | None = None, **given: Unpack[Submission]
     ) -> tuple[Job, Follower]:
         """Like :meth:`submit`, and reads the job from its beginning; close the follower."""
-        job = await self._admit(
-            request, principal or Principal(), priority, session_id, deadline_s, durability, grace_s, restarts
-        )
+        job = await self._admit(request, **given)
         if in_memory(job.id):
             return job, self.read(self._run_here(job, identity))
         job = await self._duplicates.identify(job, identity)
@@ -254,7 +243,13 @@ class Gateway:
         deadline_s = None if old.expires_at is None else old.expires_at - old.created_at
         principal = replace(principal or Principal(), id=old.principal)
         job = await self._admit(
-            old.request, principal, old.priority, old.session_id, deadline_s, old.durability, None, old.restarts
+            old.request,
+            principal=principal,
+            priority=old.priority,
+            session_id=old.session_id,
+            deadline_s=deadline_s,
+            durability=old.durability,
+            restarts=old.restarts,
         )
         name = digest("requeue", old.id)
         new_id = await self._store.repeats.point(name, job.id, self.settings.store.retention_s)
@@ -354,14 +349,16 @@ class Gateway:
     async def _admit(
         self,
         request: GenerateRequest,
-        principal: Principal,
-        priority: int,
-        session_id: str | None,
-        deadline_s: float | None,
-        durability: Durability | None,
-        grace_s: float | None,
-        restarts: bool,
+        *,
+        principal: Principal | None = None,
+        priority: int = 0,
+        session_id: str | None = None,
+        deadline_s: float | None = None,
+        durability: Durability | None = None,
+        grace_s: float | None = None,
+        restarts: bool = True,
     ) -> Job:
+        principal = principal or Principal()
         if self._closing:
             raise ShuttingDown("This replica is shutting down; try again, another one will answer.", retry_after=1)
         durability = durability or self.settings.store.durability
@@ -479,7 +476,7 @@ class Gateway:
         """What somebody posted to RabbitMQ: never a memory job, as others have to find it."""
         await self._store.presence.recovered()
         durability: Durability = "fsync" if self.settings.store.durability == "fsync" else "full"
-        return await self._admit(request, Principal(), priority, None, None, durability, None, True)
+        return await self._admit(request, priority=priority, durability=durability)
 
     async def _take_job(self, job: Job) -> Created | None:
         """Puts a job from RabbitMQ on record and in line, whichever of both is still to be done."""

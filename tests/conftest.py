@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import aiohttp
@@ -12,6 +13,7 @@ import pytest
 from llmstream.config import ModelSettings, RetrySettings, ServerSettings, Settings, StoreSettings
 from llmstream.server import Server
 from llmstream.store.store import Store, open_store
+from tests.upstream import Upstream
 
 # A shared machine stalls now and then; what an example may cost is the test timeout's business.
 hypothesis.settings.register_profile("suite", deadline=None)
@@ -61,3 +63,20 @@ async def http(server: Server) -> AsyncIterator[aiohttp.ClientSession]:
     """A client of ``server``."""
     async with aiohttp.ClientSession(server.url) as session:
         yield session
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Upstream]:
+    """An OpenAI-compatible API that misbehaves on request."""
+    async with Upstream() as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    """Leaves the logger as it was for the other tests."""
+    logger = logging.getLogger("llmstream")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)

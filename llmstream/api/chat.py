@@ -15,7 +15,7 @@ from llmstream.api.schemas import ChatBody, chat_request
 from llmstream.api.sse import Waiting, position, serve
 from llmstream.duplicates import Identity
 from llmstream.errors import NotFound
-from llmstream.gateway import Gateway
+from llmstream.gateway import Gateway, Submission
 from llmstream.types import GenerateRequest, Job, JobState, new_id
 
 STREAM = "stream"
@@ -29,17 +29,7 @@ async def submit_chat(request: web.Request) -> web.Response:
     """Accepts a job and answers at once; the answer is read at ``stream_url``."""
     gateway = request.app[GATEWAY]
     schema, generate, known = await _read(request, gateway)
-    job = await gateway.submit(
-        generate,
-        principal=request.get(PRINCIPAL),
-        priority=schema.priority,
-        session_id=schema.session_id or new_id(),
-        deadline_s=schema.deadline_s,
-        durability=schema.durability,
-        identity=known,
-        grace_s=_limit(gateway, schema),
-        restarts=schema.on_cut != "fail",
-    )
+    job = await gateway.submit(generate, identity=known, **_submission(request, gateway, schema))
     # A replica that did not accept a memory job cannot find it by its session, but knows its id for what it is.
     url = stream_url(request, job, named=schema.session_id is not None or job.durability == "memory")
     status = (await gateway.job(job.id)).status if known is not None and known.named else "queued"
@@ -56,17 +46,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
     """Answers in the same response, streamed."""
     gateway = request.app[GATEWAY]
     schema, generate, known = await _read(request, gateway)
-    job, follower = await gateway.start(
-        generate,
-        principal=request.get(PRINCIPAL),
-        priority=schema.priority,
-        session_id=schema.session_id or new_id(),
-        deadline_s=schema.deadline_s,
-        durability=schema.durability,
-        identity=known,
-        grace_s=_limit(gateway, schema),
-        restarts=schema.on_cut != "fail",
-    )
+    job, follower = await gateway.start(generate, identity=known, **_submission(request, gateway, schema))
     headers = {"x-job-id": job.id, "Location": stream_url(request, job, named=True)}
     return await serve(request, follower, NativeFormat(), headers=headers, waiting=standing(gateway, JobState(job)))
 
@@ -127,6 +107,18 @@ async def _read(request: web.Request, gateway: Gateway) -> tuple[ChatBody, Gener
     schema = validate(ChatBody, body)
     generate = chat_request(schema, raw, schema.model or default_model(request))
     return schema, generate, identity(request, schema.job_id, body)
+
+
+def _submission(request: web.Request, gateway: Gateway, schema: ChatBody) -> Submission:
+    return Submission(
+        principal=request.get(PRINCIPAL),
+        priority=schema.priority,
+        session_id=schema.session_id or new_id(),
+        deadline_s=schema.deadline_s,
+        durability=schema.durability,
+        grace_s=_limit(gateway, schema),
+        restarts=schema.on_cut != "fail",
+    )
 
 
 def _limit(gateway: Gateway, schema: ChatBody) -> float | None:

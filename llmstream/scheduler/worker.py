@@ -254,12 +254,12 @@ class Worker:
         """What the whole answer used and costs, also where nobody told."""
         if usage is None:
             await writer.flush()
-            usage = await self._accounts.counted(job.request, await self._logged(self.job_id))
+            usage = await self._accounts.counted(job.request, await self._logged())
         return self._accounts.priced(usage, target.provider.name, target.model or job.request.model)
 
-    async def _logged(self, job_id: str) -> Transcript:
+    async def _logged(self) -> Transcript:
         transcript = Transcript()
-        while entries := await self._log.read(job_id, transcript.position):
+        while entries := await self._log.read(self.job_id, transcript.position):
             for entry in entries:
                 transcript.extend(entry.payloads, entry.last)
         return transcript
@@ -286,10 +286,7 @@ class Worker:
         if untouched and not (self._intake and self._intake.got_token):
             return True
         await writer.flush()
-        transcript = Transcript()
-        while entries := await self._log.read(self.job_id, transcript.position):
-            for event in (event for entry in entries for event in entry.events):
-                transcript.add(event)
+        transcript = await self._logged()
         return transcript.empty or self._complete(transcript, begun.job) or self._asking.can_continue(transcript)
 
     async def _inherit(self, old_id: str, job: Job, asking: Asking, writer: AnyWriter) -> Transcript | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
@@ -17,7 +18,7 @@ SHORT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5
 GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 
-class Metric:
+class Metric(ABC):
     """What one metric is called and says."""
 
     kind: Kind
@@ -36,9 +37,9 @@ class Metric:
             return [f"{self.name}_bucket", f"{self.name}_count", f"{self.name}_sum"]
         return [self.name]
 
+    @abstractmethod
     def read(self) -> Iterator[Series]:
         """Its values now."""
-        raise NotImplementedError
 
 
 class Counter(Metric):

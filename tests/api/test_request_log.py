@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,7 @@ JSON = LoggingSettings(format="json")
 CHAT = "/v1/chat/completions"
 
 
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Leaves the logger as it was for the other tests."""
-    logger = logging.getLogger("llmstream")
-    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
 class Lines:

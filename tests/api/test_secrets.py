@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,6 @@ REPLIES = [
     Reply(body="<html>", headers={"Content-Type": f"text/html; x={SECRET}"}),
     Reply(headers={"Content-Encoding": SECRET}),
 ]
-
-
-@pytest.fixture
-async def upstream() -> AsyncIterator[Upstream]:
-    async with Upstream() as upstream:
-        yield upstream
 
 
 def configured(data_dir: Path, upstream: Upstream) -> Settings:

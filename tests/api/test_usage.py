@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import pytest
 from openai import AsyncOpenAI
 
 from llmstream.config import PriceSettings, ProviderSettings
@@ -23,12 +22,6 @@ HELLO: Any = [{"role": "user", "content": "Hello world"}]
 PRICES = {"far/m": PriceSettings(input=1, output=10)}
 TOLD = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
 COUNTED = {"prompt_tokens": 2 + 4, "completion_tokens": 3, "total_tokens": 9, "estimated": True}
-
-
-@pytest.fixture
-async def upstream() -> AsyncIterator[Upstream]:
-    async with Upstream() as upstream:
-        yield upstream
 
 
 @asynccontextmanager

@@ -28,12 +28,6 @@ ASKED: dict[str, dict[str, Any]] = {
 PLAIN: dict[str, Any] = {"tools": [], "response_format": {"type": "json_object"}, "logprobs": False, "n": 1}
 
 
-@pytest.fixture
-async def upstream() -> AsyncIterator[Upstream]:
-    async with Upstream() as upstream:
-        yield upstream
-
-
 @asynccontextmanager
 async def connected(upstream: Upstream, preset: str, **settings: Any) -> AsyncIterator[OpenAIProvider]:
     given = ProviderSettings.model_validate({"base_url": upstream.url, "preset": preset, **settings})

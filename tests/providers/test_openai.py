@@ -42,12 +42,6 @@ USAGE = Usage(prompt_tokens=7, completion_tokens=3)
 
 
 @pytest.fixture
-async def upstream() -> AsyncIterator[Upstream]:
-    async with Upstream() as upstream:
-        yield upstream
-
-
-@pytest.fixture
 async def provider(upstream: Upstream) -> AsyncIterator[OpenAIProvider]:
     provider = connect(upstream.url, continue_by="assistant_prefill")
     await provider.open()

@@ -69,12 +69,6 @@ class Cell:
 
 
 @pytest.fixture
-async def upstream() -> AsyncIterator[Upstream]:
-    async with Upstream() as upstream:
-        yield upstream
-
-
-@pytest.fixture
 async def server(tmp_path: Path, upstream: Upstream) -> AsyncIterator[Server]:
     settings = echo_settings(
         tmp_path,

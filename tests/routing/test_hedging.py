@@ -23,12 +23,6 @@ A, B = Reply(["A1", " A2"], counts=True), Reply(["B1", " B2"], counts=True)
 
 
 @pytest.fixture
-async def upstream() -> AsyncIterator[Upstream]:
-    async with Upstream() as upstream:
-        yield upstream
-
-
-@pytest.fixture
 async def server(tmp_path: Path, upstream: Upstream) -> AsyncIterator[Server]:
     settings = echo_settings(
         tmp_path,

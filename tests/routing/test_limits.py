@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,6 @@ from tests.api.reading import Json, finished, status
 from tests.conftest import echo_settings
 from tests.upstream import Reply, Upstream
 from tests.waiting import wait_until
-
-
-@pytest.fixture
-async def upstream() -> AsyncIterator[Upstream]:
-    async with Upstream() as upstream:
-        yield upstream
 
 
 def limited(tmp_path: Path, upstream: Upstream, routes: Json | None = None, **provider: Any) -> Server:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
-import pytest
 
 from llmstream.store.breakers import Policy
 from llmstream.store.budgets import Spent
@@ -18,12 +16,6 @@ from tests.waiting import wait_until
 
 SLOTS = 4
 LEASE_S = 1.0
-
-
-@pytest.fixture
-async def upstream() -> AsyncIterator[Upstream]:
-    async with Upstream() as upstream:
-        yield upstream
 
 
 def settings(upstream: Upstream, **provider: object) -> dict[str, object]:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,14 +13,7 @@ from llmstream.telemetry.origin import ORIGIN, Origin
 log = logging.getLogger("llmstream.tests.telemetry")
 
 
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Leaves the logger as it was for the other tests."""
-    logger = logging.getLogger("llmstream")
-    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
 def entries(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
