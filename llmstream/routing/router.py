@@ -44,6 +44,7 @@ class Router:
         self.load = Load(time.monotonic)
         self._chance = chance
         self._limits = limits or {}
+        self._listed = {each.name: frozenset(info.name for info in each.models) for each in providers}
         self._single: dict[tuple[str, str], Route] = {}
         """Routes of one target that no setting names."""
         self._routes = {name: self._configured(name, settings) for name, settings in (routes or {}).items()}
@@ -104,7 +105,7 @@ class Router:
     def _implicit(self, model: str, candidates: Sequence[Provider]) -> Route | None:
         """The route to the first provider that lists a name."""
         for provider in candidates:
-            if any(info.name == model for info in provider.models):
+            if model in self._listed[provider.name]:
                 key = (provider.name, model)
                 if key not in self._single:
                     name = None if model == ANY else model

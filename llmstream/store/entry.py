@@ -6,7 +6,7 @@ others count back from there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -15,14 +15,13 @@ from llmstream.types import Delta, Event, EventId, Finished, Payload, Restart, S
 
 FIELD = b"e"
 
-_encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(list[Started | Restart | Delta | Finished])
 
 
 class Entry:
     """Consecutive events of one attempt, acknowledged together."""
 
-    __slots__ = ("attempt", "last", "payloads", "rendered", "size", "start")
+    __slots__ = ("attempt", "last", "payloads", "rendered", "size", "start", "terminal")
 
     def __init__(self, last: EventId, payloads: Sequence[Payload], size: int) -> None:
         self.attempt, seq = last
@@ -33,6 +32,8 @@ class Entry:
         """What the events say, in order. Few readers need them as :attr:`events`, so these are made on demand."""
         self.size = size
         """Bytes of the encoded form."""
+        self.terminal = isinstance(payloads[-1], Finished)
+        """Whether the log ends with this entry."""
         self.rendered: dict[object, bytes] = {}
         """Wire forms by format: made once, shared by all who follow."""
 
@@ -51,14 +52,8 @@ class Entry:
     def events(self) -> list[Event]:
         return [Event(EventId(self.attempt, seq), data) for seq, data in enumerate(self.payloads, self.start)]
 
-    @property
-    def terminal(self) -> bool:
-        """Whether the log ends with this entry."""
-        return isinstance(self.payloads[-1], Finished)
 
-
-def encode_payloads(payloads: Sequence[Payload]) -> bytes:
-    return _encoder.encode(payloads)
+encode_payloads: Callable[[Sequence[Payload]], bytes] = msgspec.json.Encoder().encode
 
 
 def decode_entry(raw_id: bytes, fields: Sequence[bytes]) -> Entry:

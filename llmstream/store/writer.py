@@ -183,10 +183,10 @@ class Writer:
         self._armed = False
         if self._asked_life is not None:
             self._restored(reply, error)
-        elif error is None and reply is None:
-            self._lose(StoreUnavailable(f"The log of job {self.channel.job_id} is gone from the store."))
-        elif error is None:
+        elif reply is not None:
             self._acknowledged()
+        elif error is None:
+            self._lose(StoreUnavailable(f"The log of job {self.channel.job_id} is gone from the store."))
         elif isinstance(error, StoreError) and _REFUSED in error.message:
             self._refused()
         elif isinstance(error, StoreUnavailable):
@@ -197,7 +197,7 @@ class Writer:
     def _acknowledged(self) -> None:
         assert self._inflight is not None
         entry, data = self._inflight
-        self._inflight, self._failing_since = None, None
+        self._inflight = self._failing_since = None
         self._take(entry, data)
         self._arm()
 
