@@ -60,6 +60,9 @@ class ServerSettings(Section):
     retry_window_s: Annotated[float, Field(ge=0)] = 600.0
     """For so long an SDK's automatic retry attaches to the job of the request it repeats; 0: every retry is new."""
 
+    docs: bool = True
+    """Serves ``/openapi.json``, ``/docs`` and ``/redoc``."""
+
     @property
     def loopback(self) -> bool:
         """Whether only programs on this machine can reach the server."""

@@ -11,6 +11,7 @@ from aiohttp.typedefs import Middleware
 from llmstream.api import chat, core, health, jobs, metrics, openai, proxy, question, service, sessions
 from llmstream.api.access import guard
 from llmstream.api.cors import Cors
+from llmstream.api.docs import pages
 from llmstream.api.keys import BODY_TIMEOUT_S, GATEWAY, PINGS, STREAMS, Streams
 from llmstream.api.middleware import errors
 from llmstream.api.observing import observed, on_prepare
@@ -38,6 +39,9 @@ def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.App
     app[BODY_TIMEOUT_S] = settings.server.body_timeout_s
     for family in (openai, chat, jobs, core, proxy, question, service, sessions, health, metrics):
         app.add_routes(family.routes)
+    if settings.server.docs:
+        app[pages.DOCUMENT] = pages.Document(app)
+        app.add_routes(pages.routes)
     app.on_response_prepare.append(on_prepare)
     if settings.security.cors_origins:
         app.on_response_prepare.append(cors.on_prepare)

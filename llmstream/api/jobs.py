@@ -12,6 +12,8 @@ from llmstream.api.keys import GATEWAY
 from llmstream.errors import BadRequest, error_body
 from llmstream.types import JobState
 
+DEFAULT_LIMIT, MAX_LIMIT = 50, 500
+
 routes = web.RouteTableDef()
 
 
@@ -53,11 +55,11 @@ async def requeue(request: web.Request) -> web.Response:
 
 def limit_of(request: web.Request) -> int:
     try:
-        limit = int(request.query.get("limit", "50"))
+        limit = int(request.query.get("limit", DEFAULT_LIMIT))
     except ValueError:
         limit = 0
-    if not 1 <= limit <= 500:
-        raise BadRequest("limit must be a number from 1 to 500.", param="limit")
+    if not 1 <= limit <= MAX_LIMIT:
+        raise BadRequest(f"limit must be a number from 1 to {MAX_LIMIT}.", param="limit")
     return limit
 
 

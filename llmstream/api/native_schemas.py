@@ -22,12 +22,19 @@ class JobFields(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     provider: StrictStr | None = None
+    """Run by this provider."""
     priority: Priority = 0
+    """10 first, -10 last."""
     deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None
+    """Seconds from now after which the job fails if it is not finished, waiting included."""
     job_id: JobId | None = None
+    """The caller's own id; the same id is the same job."""
     on_disconnect: OnDisconnect | None = None
+    """What becomes of the job when nobody reads it any more."""
     on_cut: OnCut | None = None
+    """What becomes of an answer that its model breaks off where it cannot go on."""
     durability: Durability | None = None
+    """When an event counts as logged."""
 
     def further(self) -> dict[str, Any]:
         """Members that we do not know: they travel on."""
@@ -41,32 +48,39 @@ class Meta(BaseModel):
 
     temperature: Temperature = 0.2
     tokens_limit: Tokens = 8096
+    """Longest answer."""
     stop_words: list[StrictStr] = []
+    """The answer ends before the first of them."""
     model: ModelName | None = None
+    """The server's default model answers where there is none."""
 
 
 class CoreBody(JobFields):
     """What both routes of an LLM core have in common."""
 
     meta: Meta = Meta()
+    """How to generate."""
 
 
 class CoreGenerateBody(CoreBody):
     """``POST /generate``"""
 
     content: Prompt
+    """The question."""
 
 
 class CoreChatBody(CoreBody):
     """``POST /chat_completion``"""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    """The conversation."""
 
 
 class QuestionBody(JobFields):
     """``POST /question``"""
 
     text: StrictStr
+    """The question, of at most ``question.max_chars`` characters."""
 
     @field_validator("text")
     @classmethod
@@ -80,7 +94,9 @@ class ServiceBody(JobFields):
     """What both routes of a model service have in common."""
 
     model: ModelName | None = None
+    """The server's default model answers where there is none."""
     max_tokens: Tokens | None = None
+    """Longest answer."""
     temperature: Temperature | None = None
 
 
@@ -88,13 +104,16 @@ class PromptBody(ServiceBody):
     """``POST /v1/generate``"""
 
     prompt: Prompt
+    """The question."""
 
 
 class ServiceChatBody(ServiceBody):
     """``POST /v1/chat``"""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    """The conversation; in a session, what is new of it."""
     stream: StrictBool = False
+    """Answers with server-sent events."""
     session_id: SessionId | None = None
     """The conversation that the messages belong to: what was said before is added."""
     multitask: Multitask | None = None

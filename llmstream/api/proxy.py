@@ -25,4 +25,6 @@ async def health(request: web.Request) -> web.Response:
 async def stream(request: web.Request) -> web.StreamResponse:
     """A chat completion that is always streamed."""
     body, raw = await read_json(request)
-    return await answer(request, {**body, "stream": True}, raw)
+    if body.get("stream") in (None, False):  # anything else has to be valid
+        body = {**body, "stream": True}
+    return await answer(request, body, raw)

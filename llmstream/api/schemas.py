@@ -109,20 +109,34 @@ class ChatCompletionBody(OpenAIBody):
 class ChatBody(BaseModel):
     """``POST /chat`` and ``POST /chat/async``: one message, or a conversation."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(
+        extra="allow", json_schema_extra={"oneOf": [{"required": ["message"]}, {"required": ["messages"]}]}
+    )
 
     message: Annotated[StrictStr, Field(min_length=1)] | None = None
+    """The question. Give this or ``messages``."""
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    """A conversation."""
     model: Annotated[StrictStr, Field(min_length=1, max_length=256)] | None = None
+    """The server's default model answers where there is none."""
     priority: Priority = 0
+    """10 first, -10 last."""
     session_id: SessionId | None = None
+    """The answer can also be read at ``/stream/{session_id}``."""
     provider: StrictStr | None = None
+    """Run by this provider."""
     deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None
+    """Seconds from now after which the job fails if it is not finished, waiting included."""
     job_id: JobId | None = None
+    """The caller's own id; the same id is the same job."""
     on_disconnect: OnDisconnect | None = None
+    """What becomes of the job when nobody reads it any more."""
     on_cut: OnCut | None = None
+    """What becomes of an answer that its model breaks off where it cannot go on."""
     durability: Durability | None = None
+    """When an event counts as logged."""
     max_tokens: Tokens | None = None
+    """Longest answer."""
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
 
     @model_validator(mode="after")

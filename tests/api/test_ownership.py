@@ -68,6 +68,10 @@ HARMLESS = {
     ("GET", "/health/full"),
     ("GET", "/v1/health"),
     ("GET", "/metrics"),
+    ("GET", "/openapi.json"),
+    ("GET", "/docs"),
+    ("GET", "/docs/{file}"),
+    ("GET", "/redoc"),
 }
 """Knows no jobs."""
 

@@ -1,0 +1,386 @@
+"""What clients get: the shapes of answers and events. Handlers are checked against them, and documented by them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired
+
+from pydantic import ConfigDict
+from typing_extensions import TypedDict  # pydantic cannot read that of Python 3.11
+
+from llmstream.types import Lane, Status
+
+OPEN = ConfigDict(extra="allow")
+
+
+class Error(TypedDict):
+    message: str
+    """What happened, and what to do."""
+    type: str
+    param: str | None
+    """The field that is wrong."""
+    code: str | None
+    """For programs; the message may change."""
+
+
+class ErrorAnswer(TypedDict):
+    """Every error, on every route."""
+
+    error: Error
+
+
+class Usage(TypedDict):
+    """Tokens of one answer, however many attempts and readers it had, and what else the upstream counts."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    estimated: NotRequired[bool]
+    """The upstream said nothing, and the tokens were counted here."""
+    cost: NotRequired[float]
+    """By the configured prices."""
+
+
+class AssistantMessage(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+
+    role: str
+    content: NotRequired[str | None]
+
+
+class Choice(TypedDict):
+    index: int
+    message: AssistantMessage
+    logprobs: dict[str, Any] | None
+    finish_reason: str | None
+
+
+class ChatCompletion(TypedDict):
+    id: str
+    """``chatcmpl-`` and the id of the job."""
+    object: Literal["chat.completion"]
+    created: int
+    """Seconds since 1970."""
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class ChunkChoice(TypedDict):
+    index: int
+    delta: dict[str, Any]
+    """A piece of the message: ``content``, ``role``, ``tool_calls`` …"""
+    logprobs: dict[str, Any] | None
+    finish_reason: str | None
+
+
+class ChatCompletionChunk(TypedDict):
+    """An event of a streamed chat completion. The last event is the text ``[DONE]``."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: NotRequired[Usage]
+
+
+class Model(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    """The provider."""
+    context_length: NotRequired[int]
+    """Tokens of prompt and answer together."""
+
+
+class Models(TypedDict):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Accepted(TypedDict):
+    """A job that runs whether or not anybody reads it."""
+
+    status: Status
+    task_id: str
+    session_id: str | None
+    stream_url: str
+    """Where the answer is read as server-sent events, for a while also without a key."""
+
+
+class Requeued(Accepted):
+    continues: str | None
+    """The job that this one goes on with."""
+
+
+class QueuedEvent(TypedDict):
+    """Nothing has been said yet. Has no id: it is no part of the answer."""
+
+    type: Literal["queued"]
+    position: int
+    """Jobs before this one."""
+    eta_s: float | None
+    """Seconds until it begins, as far as that is known."""
+
+
+class StartedEvent(TypedDict):
+    type: Literal["started"]
+    attempt: int
+
+
+class ChunkEvent(TypedDict):
+    """A piece of the answer."""
+
+    type: Literal["chunk"]
+    content: str
+    index: NotRequired[int]
+    """The choice, where there are several."""
+    delta: NotRequired[dict[str, Any]]
+    """What is no text: ``tool_calls``, ``reasoning_content`` …"""
+
+
+class RestartEvent(TypedDict):
+    """What came before is void: the answer starts over."""
+
+    type: Literal["restart"]
+    reason: str
+
+
+class UsageEvent(Usage):
+    type: Literal["usage"]
+
+
+class CompleteEvent(TypedDict):
+    """The end of an answer."""
+
+    type: Literal["complete"]
+    finish_reason: NotRequired[str]
+
+
+class CancelledEvent(TypedDict):
+    """The end of a cancelled answer."""
+
+    type: Literal["cancelled"]
+
+
+class ErrorEvent(ErrorAnswer):
+    """The end of an answer that failed."""
+
+    type: Literal["error"]
+
+
+StreamEvent = (
+    QueuedEvent | StartedEvent | ChunkEvent | RestartEvent | UsageEvent | CompleteEvent | CancelledEvent | ErrorEvent
+)
+
+
+class Timings(TypedDict):
+    created_at: float
+    """Seconds since 1970, like the next two."""
+    started_at: float | None
+    finished_at: float | None
+    queue_s: float | None
+    run_s: float | None
+
+
+class JobAnswer(TypedDict):
+    """How far a job has come."""
+
+    task_id: str
+    session_id: str | None
+    status: Status
+    model: str
+    priority: int
+    lane: Lane
+    attempt: int
+    continues: str | None
+    """The job that this one goes on with."""
+    text: str
+    """What was said so far."""
+    finish_reason: str | None
+    usage: Usage | None
+    error: Error | None
+    last_event_id: str
+    """``text`` holds what was said up to this event: a stream can go on behind it."""
+    timings: Timings
+    position: NotRequired[int | None]
+    """Jobs before this one, while it waits."""
+    eta_s: NotRequired[float | None]
+    """Seconds until it begins, while it waits."""
+
+
+class JobRow(TypedDict):
+    task_id: str
+    session_id: str | None
+    status: Status
+    model: str
+    priority: int
+    lane: Lane
+    attempt: int
+    replica: str | None
+    continues: str | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+
+
+class Jobs(TypedDict):
+    object: Literal["list"]
+    data: list[JobRow]
+
+
+class DeadJob(JobRow):
+    error: Error | None
+    """Why it failed."""
+
+
+class DeadJobs(TypedDict):
+    object: Literal["list"]
+    data: list[DeadJob]
+
+
+class Content(TypedDict):
+    content: str
+
+
+class Text(TypedDict):
+    text: str
+
+
+class Said(TypedDict):
+    """What the answers of a model service have in common."""
+
+    model: str
+    tokens_generated: int
+    cached: bool
+    """The answer is that to an earlier, equal request."""
+
+
+class Generated(Said):
+    generated_text: str
+    prompt: str
+
+
+class Replied(Said):
+    message: AssistantMessage
+
+
+class SessionRow(TypedDict):
+    session_id: str
+    used_at: float
+    """Seconds since 1970."""
+
+
+class Sessions(TypedDict):
+    object: Literal["list"]
+    data: list[SessionRow]
+
+
+class SessionMessages(TypedDict):
+    session_id: str
+    messages: list[dict[str, Any]]
+    running: str | None
+    """The job that answers the last message now."""
+    expires_in_s: float
+
+
+class Forgotten(TypedDict):
+    session_id: str
+    deleted: bool
+
+
+class CacheStatus(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+
+    enabled: bool
+    max_size: int
+    ttl_seconds: float
+    size: NotRequired[int]
+    hits: NotRequired[int]
+    misses: NotRequired[int]
+    shared: NotRequired[int]
+    hit_rate: NotRequired[float]
+
+
+class ServiceHealth(TypedDict):
+    status: Literal["healthy"]
+    model_loaded: bool
+    model_name: str | None
+
+
+class ServiceStatus(TypedDict):
+    status: Literal["healthy", "unready"]
+    model_loaded: bool
+    model_name: str | None
+    """Who answers requests that name no model."""
+    cache: CacheStatus
+
+
+class ProxyHealth(TypedDict):
+    status: Literal["healthy"]
+    providers: list[str]
+    """What ``provider`` in a request can name."""
+
+
+class Ready(TypedDict):
+    status: Literal["ready"]
+
+
+class ReplicaLoad(TypedDict):
+    slots: int
+    running: int
+
+
+class Waiting(TypedDict):
+    """Jobs that wait, by lane."""
+
+    high: int
+    default: int
+    low: int
+
+
+class Queue(TypedDict):
+    """A pool: the jobs that the same replicas can run."""
+
+    waiting: Waiting
+    running: int
+    slots: int
+    replicas: dict[str, ReplicaLoad]
+    served: int
+    service_s: float | None
+    """How long a job runs."""
+    rate_per_s: float | None
+    eta_s: float | None
+    """What a new job would wait."""
+
+
+class Stats(TypedDict):
+    lanes: Waiting
+    waiting: int
+    running: int
+    replicas: list[str]
+    pools: dict[str, Queue]
+
+
+class Part(TypedDict):
+    """Something behind the server, with what it says about itself."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+
+    status: str
+    """``ok``, or what is wrong."""
+
+
+class FullHealth(TypedDict):
+    status: Literal["ok", "degraded"]
+    replica: str
+    store: Part
+    providers: dict[str, Part]
+    broker: NotRequired[Part]
+    queue: NotRequired[dict[str, Queue]]
+    """By pool."""
