@@ -336,18 +336,11 @@ class ReplicaLoad(TypedDict):
     running: int
 
 
-class Waiting(TypedDict):
-    """Jobs that wait, by lane."""
-
-    high: int
-    default: int
-    low: int
-
-
 class Queue(TypedDict):
     """A pool: the jobs that the same replicas can run."""
 
-    waiting: Waiting
+    waiting: dict[Lane, int]
+    """Jobs that wait."""
     running: int
     slots: int
     replicas: dict[str, ReplicaLoad]
@@ -360,7 +353,8 @@ class Queue(TypedDict):
 
 
 class Stats(TypedDict):
-    lanes: Waiting
+    lanes: dict[Lane, int]
+    """Jobs that wait, over all pools."""
     waiting: int
     running: int
     replicas: list[str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -11,6 +11,9 @@ from llmstream.api.chat import stream_url
 from llmstream.api.keys import GATEWAY
 from llmstream.errors import BadRequest, error_body
 from llmstream.types import JobState
+
+if TYPE_CHECKING:
+    from llmstream.api.answers import DeadJob, JobRow, Requeued
 
 DEFAULT_LIMIT, MAX_LIMIT = 50, 500
 
@@ -30,7 +33,9 @@ async def jobs(request: web.Request) -> web.Response:
 async def dead(request: web.Request) -> web.Response:
     """Jobs that failed after all their attempts, latest first, each with the reason."""
     states = await caller(request).dead(limit_of(request))
-    rows = [{**_row(state), "error": error_body(state.failure)["error"] if state.failure else None} for state in states]
+    rows: list[DeadJob] = [
+        {**_row(state), "error": error_body(state.failure)["error"] if state.failure else None} for state in states
+    ]
     return web.json_response({"object": "list", "data": rows})
 
 
@@ -40,17 +45,14 @@ async def requeue(request: web.Request) -> web.Response:
     """Runs a failed or cancelled job once more, as a new job; doing it twice is fine."""
     job = await caller(request).requeue(request.match_info["task_id"])
     state = await request.app[GATEWAY].job(job.id)
-    return web.json_response(
-        {
-            "status": state.status,
-            "task_id": job.id,
-            "session_id": job.session_id,
-            "stream_url": stream_url(request, job, named=True),
-            "continues": job.continues,
-        },
-        status=202,
-        headers={"x-job-id": job.id},
-    )
+    answer: Requeued = {
+        "status": state.status,
+        "task_id": job.id,
+        "session_id": job.session_id,
+        "stream_url": stream_url(request, job, named=True),
+        "continues": job.continues,
+    }
+    return web.json_response(answer, status=202, headers={"x-job-id": job.id})
 
 
 def limit_of(request: web.Request) -> int:
@@ -63,7 +65,7 @@ def limit_of(request: web.Request) -> int:
     return limit
 
 
-def _row(state: JobState) -> dict[str, Any]:
+def _row(state: JobState) -> JobRow:
     return {
         "task_id": state.job.id,
         "session_id": state.job.session_id,

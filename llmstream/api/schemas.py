@@ -17,6 +17,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 from llmstream.config import OnCut, OnDisconnect
 from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Durability, GenerateRequest, Kind, encode
@@ -106,12 +107,19 @@ class ChatCompletionBody(OpenAIBody):
     response_format: dict[str, Any] | None = None
 
 
+EITHER: JsonDict = {
+    "oneOf": [
+        {"required": ["message"], "properties": {"message": {"type": "string"}}},
+        {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+    ]
+}
+"""What :meth:`ChatBody._one_of_both` checks, for the document."""
+
+
 class ChatBody(BaseModel):
     """``POST /chat`` and ``POST /chat/async``: one message, or a conversation."""
 
-    model_config = ConfigDict(
-        extra="allow", json_schema_extra={"oneOf": [{"required": ["message"]}, {"required": ["messages"]}]}
-    )
+    model_config = ConfigDict(extra="allow", json_schema_extra=EITHER)
 
     message: Annotated[StrictStr, Field(min_length=1)] | None = None
     """The question. Give this or ``messages``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -18,6 +18,9 @@ from llmstream.api.sse import serve
 from llmstream.api.whole import failed, read_whole
 from llmstream.transcript import Transcript
 from llmstream.types import JobState
+
+if TYPE_CHECKING:
+    from llmstream.api.answers import Generated, Said
 
 routes = web.RouteTableDef()
 
@@ -46,7 +49,7 @@ async def generate(request: web.Request) -> web.Response:
     asked = await _ask(request, schema, body, [{"role": "user", "content": schema.prompt}])
     with asked.follower:
         transcript = await read_whole(request, asked.follower)
-    answer = {"generated_text": transcript.text, "prompt": schema.prompt, **_about(asked, transcript)}
+    answer: Generated = {"generated_text": transcript.text, "prompt": schema.prompt, **_about(asked, transcript)}
     return failed(transcript, asked.headers) or web.json_response(answer, headers=asked.headers)
 
 
@@ -89,7 +92,7 @@ async def _ask(
     return await ask(request, asked, schema, body, on_disconnect=policy, cacheable=True, session=session)
 
 
-def _about(asked: Asked, transcript: Transcript) -> dict[str, Any]:
+def _about(asked: Asked, transcript: Transcript) -> Said:
     usage = transcript.usage
     return {
         "model": asked.job.request.model,

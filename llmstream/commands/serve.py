@@ -122,6 +122,7 @@ def facts(settings: Settings, url: str, models: Sequence[str], store: Mapping[st
         f"llmstream {__version__} listens on {url}" + (f" with {workers} workers" if workers > 1 else ""),
         f"models  {', '.join(models) or 'whatever the providers serve'}",
         f"store   {_store(settings, store)}",
+        *([f"docs    {url}/docs"] if settings.server.docs else []),
         f'try     {program()} chat "Why is the sky blue?"',
         f"        curl -N {url}/chat {shown}-H 'Content-Type: application/json' -d '{{\"message\": \"Hello!\"}}'",
     ]

@@ -12,11 +12,14 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from llmstream.api import chat
 from llmstream.api.access import needs
 from llmstream.api.app import create_app
+from llmstream.api.body import validate
 from llmstream.api.docs.document import FAMILIES, TAGS, document, undescribed
 from llmstream.api.docs.operation import OPERATIONS
+from llmstream.api.schemas import ChatBody
 from llmstream.config import Settings
+from llmstream.errors import BadRequest
 from tests.api.keyed import keyed_settings
-from tests.docs.reading import Document
+from tests.docs.reading import Document, Json
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,28 @@ def test_bodies_are_what_validates(made: Document) -> None:
     completion = made.resolved((made.operation("POST", "/v1/chat/completions").body or {})["schema"])
     assert completion["required"] == ["model", "messages"]
     assert completion["additionalProperties"] is True
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"message": "Hello!"},
+        {"messages": [{"role": "user", "content": "Hello!"}]},
+        {"message": "Hello!", "messages": None},
+        {"message": None, "messages": [{"role": "user", "content": "Hello!"}]},
+        {"message": "Hello!", "messages": [{"role": "user", "content": "Hello!"}]},
+        {"message": None},
+    ],
+)
+def test_one_of_both(made: Document, body: Json) -> None:
+    """The schema allows a message and a conversation together as little as the model does."""
+    try:
+        validate(ChatBody, body)
+        allowed = True
+    except BadRequest:
+        allowed = False
+    assert (made.complaints({"$ref": "#/components/schemas/ChatBody"}, body) == []) is allowed
 
 
 def test_what_a_mistake_costs_is_told(made: Document) -> None:

@@ -93,6 +93,7 @@ def error_answer(status: int) -> Answer:
 
 
 def _tree(base: type[errors.LLMStreamError]) -> Iterator[type[errors.LLMStreamError]]:
-    yield base
+    if base is not errors.Fenced:  # never shown to a client
+        yield base
     for each in base.__subclasses__():
         yield from _tree(each)

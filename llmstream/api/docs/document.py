@@ -82,7 +82,7 @@ def document(app: web.Application, *, authenticated: bool, open_groups: Collecti
             "title": "llmstream",
             "version": version("llmstream"),
             "description": ABOUT,
-            "license": {"name": "MIT"},
+            "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": ".", "description": "This server."}],
         "tags": [{"name": name, "description": text} for name, text in TAGS.items()],

@@ -46,6 +46,8 @@ def _described(schema: Json, cls: type[Any]) -> Json:
     for name, member in schema.get("properties", {}).items():
         if name in texts:
             member.setdefault("description", texts[name])
+        if member.get("default", ...) is None:
+            del member["default"]
     return schema
 
 
