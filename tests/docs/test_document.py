@@ -66,9 +66,10 @@ def test_every_operation_is_explained(made: Document) -> None:
     ids = [operation.says["operationId"] for operation in made.operations]
     assert len(ids) == len(set(ids))
     for operation in made.operations:
-        assert operation.says["summary"], operation.name
-        assert set(operation.says["tags"]) <= TAGS.keys(), operation.name
-        assert all(each["description"] for each in operation.says["parameters"]), operation.name
+        assert operation.says["summary"], f"{operation.name}: its handler has no docstring"
+        assert set(operation.says["tags"]) <= TAGS.keys(), f"{operation.name}: name the tag in document.TAGS"
+        for each in operation.says["parameters"]:
+            assert each["description"], f"{operation.name}: say in common.PATH what {{{each['name']}}} is"
         if operation.body is not None:
             assert operation.body["examples"], operation.name
 

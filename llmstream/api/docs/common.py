@@ -34,7 +34,10 @@ REPEATABLE = Parameter(
     "header",
 )
 CACHING = Parameter(
-    "Cache-Control", str, "`no-cache` asks for a new answer, `no-store` for one that is not kept.", "header"
+    "Cache-Control",
+    str,
+    "`no-cache` asks for a new answer, `no-store` for one that is not kept; `X-Cache: hit` marks an old one.",
+    "header",
 )
 BEHIND = "The stream goes on behind this event, the last one that was seen."
 RESUME = (

@@ -148,7 +148,9 @@ class _Making:
         data = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
         event = {"type": "object", "required": ["data"], "properties": {**EVENT, "data": data}}
         # What OpenAPI 3.2 calls itemSchema: in 3.1 a stream is one text.
-        return {"schema": {"type": "string"}, "x-itemSchema": event, "example": answer.example}
+        kinds = [each["$ref"].rpartition("/")[2] for each in schema.get("anyOf", [schema]) if "$ref" in each]
+        text = {"type": "string", "description": f"Server-sent events; the data of each: {', '.join(kinds)}."}
+        return {"schema": text, "x-itemSchema": event, "example": answer.example}
 
     def _parameter(self, parameter: Parameter) -> Json:
         schema = self._schemas[id(parameter.type), "validation"]
@@ -190,7 +192,7 @@ def _types(operations: list[Operation]) -> Iterator[tuple[Any, JsonSchemaMode]]:
 
 def _parameters(place: Place, operation: Operation) -> Iterator[Parameter]:
     for name in re.findall(r"{(\w+)}", place.path):
-        usual = PATH[name]
+        usual = PATH.get(name, Parameter(name, str, "", "path"))
         yield usual._replace(example=operation.path.get(name, usual.example))
     yield from operation.parameters
 
