@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
 from aiohttp import web
 
@@ -20,9 +18,6 @@ from llmstream.errors import NotFound
 from llmstream.gateway import Gateway, Submission
 from llmstream.types import GenerateRequest, Job, JobState, new_id
 
-if TYPE_CHECKING:
-    from llmstream.api.answers import Accepted
-
 STREAM = "stream"
 
 routes = web.RouteTableDef()
@@ -38,8 +33,11 @@ async def submit_chat(request: web.Request) -> web.Response:
     # A replica that did not accept a memory job cannot find it by its session, but knows its id for what it is.
     url = stream_url(request, job, named=schema.session_id is not None or job.durability == "memory")
     status = (await gateway.job(job.id)).status if known is not None and known.named else "queued"
-    answer: Accepted = {"status": status, "task_id": job.id, "session_id": job.session_id, "stream_url": url}
-    return web.json_response(answer, status=202, headers={"x-job-id": job.id})
+    return web.json_response(
+        {"status": status, "task_id": job.id, "session_id": job.session_id, "stream_url": url},
+        status=202,
+        headers={"x-job-id": job.id},
+    )
 
 
 @routes.post("/chat")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from aiohttp import web
 
@@ -13,9 +13,6 @@ from llmstream.api.keys import GATEWAY
 from llmstream.errors import StoreUnavailable
 from llmstream.store.lanes import Census
 from llmstream.types import LANES
-
-if TYPE_CHECKING:
-    from llmstream.api.answers import Queue, Stats
 
 routes = web.RouteTableDef()
 
@@ -69,21 +66,22 @@ async def stats(request: web.Request) -> web.Response:
             lanes[lane] += count
     totals = [_totals(census) for census in pools.values()]
     replicas = sorted({replica for census in pools.values() for replica in census.slots})
-    answer: Stats = {
-        "lanes": lanes,
-        "waiting": sum(total.waiting for total in totals),
-        "running": sum(total.running for total in totals),
-        "replicas": replicas,
-        "pools": {name: _queue(census) for name, census in pools.items()},
-    }
-    return web.json_response(answer)
+    return web.json_response(
+        {
+            "lanes": lanes,
+            "waiting": sum(total.waiting for total in totals),
+            "running": sum(total.running for total in totals),
+            "replicas": replicas,
+            "pools": {name: _queue(census) for name, census in pools.items()},
+        }
+    )
 
 
 def _totals(census: Census) -> _Totals:
     return _Totals(sum(census.waiting.values()), sum(census.running.values()), sum(census.slots.values()))
 
 
-def _queue(census: Census) -> Queue:
+def _queue(census: Census) -> dict[str, Any]:
     totals = _totals(census)
     rate = totals.slots / census.service_s if census.service_s else None
     return {
