@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel
-
 Json = dict[str, Any]
 EVENT_STREAM = "text/event-stream"
 
@@ -44,7 +42,8 @@ class Answer(NamedTuple):
 class Operation:
     tag: str
     answers: Mapping[int, Sequence[Answer]]
-    body: type[BaseModel] | None = None
+    body: Any = None
+    """The model that validates it, or a union of models where there are several."""
     examples: Mapping[str, Json] = field(default_factory=dict)
     """Bodies to send, by what they show."""
     parameters: Sequence[Parameter] = ()
@@ -64,7 +63,7 @@ def describe(
     tag: str,
     *,
     answers: Mapping[int, Answer | Sequence[Answer]],
-    body: type[BaseModel] | None = None,
+    body: Any = None,
     examples: Mapping[str, Json] | None = None,
     parameters: Sequence[Parameter] = (),
     errors: Sequence[int] = (),
