@@ -349,8 +349,8 @@ async def test_the_owner_and_an_admin_can(victim: Victim) -> None:
             async with http.get(path) as response:
                 assert (response.status, MARK in await response.text()) == (200, True), path
     async with client(victim.server, secret("admin")) as http:
-        made_here = await submit(http, message="x", echo=STALLED)
-        for job_id in (made_here["task_id"],):
+        made_here = await submit(http, message="x", echo=STALLED, job_id="made-here")
+        for job_id in (made_here["task_id"], "made-here"):
             async with http.post(f"/chat/{job_id}/cancel") as response:
                 assert (await response.json())["status"] == "cancelled"
 

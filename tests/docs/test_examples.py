@@ -25,9 +25,10 @@ CRASHED = {"tokens": 9, "fault": "crash", "at": 3}
 
 
 def settings_of(data_dir: Path) -> Settings:
-    """Settings of a server with the model of the examples."""
+    """Settings of a server with the model of the examples, and a key that may do everything."""
     return echo_settings(
         data_dir,
+        keys={"admin": {"value": secret("admin"), "scopes": ["admin"]}},
         models={"smollm2": ModelSettings(engine="echo", slots=8)},
         scheduler=SchedulerSettings(max_attempts=1),
         retry=RetrySettings(base_s=0.01),
@@ -43,7 +44,7 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def http(server: Server) -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(server.url) as http:
+    async with client(server, secret("admin")) as http:
         yield http
 
 
@@ -56,10 +57,12 @@ async def document(http: aiohttp.ClientSession) -> Document:
 
 async def prepare(server: Server, http: aiohttp.ClientSession) -> None:
     """Makes what the examples' paths name. A new route with a part of its own needs a line here."""
-    await submit(http, job_id="order-17", session_id="demo")
-    await submit(http, job_id="order-18", echo=CRASHED)
-    for job_id in ("order-17", "order-18"):
-        await finished(server, job_id)
+    made = [
+        await submit(http, job_id="order-17", session_id="demo"),
+        await submit(http, job_id="order-18", echo=CRASHED),
+    ]
+    for job in made:
+        await finished(server, job["task_id"])
     said = {"session_id": "demo", "messages": [{"role": "user", "content": "x"}]}
     async with http.post("/v1/chat", json=said) as response:
         assert response.status == 200, await response.text()
