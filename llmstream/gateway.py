@@ -325,6 +325,10 @@ class Gateway:
             async for page in self._lanes(pool).alive():
                 yield page
 
+    def store_time(self) -> float:
+        """Seconds since the epoch by the store's clock, about."""
+        return next((self._scheduler.store_time(pool) for pool in self._scheduler.pools), self._clock())
+
     async def find_all(self, job_ids: Sequence[str]) -> list[JobState]:
         """The records of logged jobs; unknown ids are left out."""
         return await self._store.jobs.find_all(list(job_ids))
@@ -632,7 +636,7 @@ async def open_gateway(
             accounts=accounts,
             observer=observer,
         )
-        watch_pools(observer, store, scheduler.pools)
+        watch_pools(observer, store, scheduler.pools, scheduler.control)
         await scheduler.open()
         access = await open_access(settings, store, clock)
         gateway = Gateway(settings, store, router, scheduler, clock, observer, access)

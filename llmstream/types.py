@@ -268,6 +268,7 @@ def scopes_upto(scopes: Iterable[Scope]) -> tuple[Scope, ...]:
 
 
 Mode = Literal["paused", "draining"]
+MODES: tuple[Mode, ...] = ("paused", "draining")
 
 
 class QueueRule(Struct, frozen=True, omit_defaults=True, kw_only=True):

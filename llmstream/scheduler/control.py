@@ -56,6 +56,11 @@ class QueueControl:
         """Ends all pauses and drains."""
         return await self._change(lambda rules: ())
 
+    async def look(self) -> QueueRules:
+        """The rules as they are on record."""
+        self._adopt(await self._store.control.read())
+        return self.rules
+
     async def follow(self, lanes: Lanes, pulse: Pulse) -> None:
         """Keeps the record alive, and brings this replica and a queue up to date with it."""
         control = self._store.control
@@ -74,7 +79,7 @@ class QueueControl:
 
     async def check(self, job: Job) -> None:
         """For a job that goes another way than through the store's queue. Raises Draining."""
-        self._adopt(await self._store.control.read())
+        await self.look()
         self.refuse(job)
 
     def refuse(self, job: Job) -> None:
