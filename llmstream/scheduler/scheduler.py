@@ -232,12 +232,13 @@ class Scheduler:
 
     def expect(self, job: Job) -> None:
         """A job was put beside the line until its time comes."""
-        if job.not_before is not None:
-            self.pools[job.pool].sleepers.expect(job.not_before - self.store_time(job.pool))
+        if job.not_before is not None and (pool := self.pools.get(job.pool)) is not None:
+            pool.sleepers.expect(job.not_before - self.store_time(job.pool))
 
     def store_time(self, pool: str) -> float:
         """Seconds since the epoch by the store's clock, about."""
-        return asyncio.get_running_loop().time() + self.pools[pool].store_ahead_ms / 1000
+        known = self.pools.get(pool)
+        return self._clock() if known is None else asyncio.get_running_loop().time() + known.store_ahead_ms / 1000
 
     async def standing(self, job: Job) -> Standing:
         """Where a memory job stands, logged ones counted."""
