@@ -35,7 +35,7 @@ class Scripted:
     """A provider that does what a test says and can never continue."""
 
     name = pool = MODEL
-    models = (ModelInfo(name=MODEL, provider=MODEL),)
+    models: tuple[ModelInfo, ...] = (ModelInfo(name=MODEL, provider=MODEL),)
 
     def __init__(self, script: Script, slots: int = 4, continues: bool = False) -> None:
         self._script = script
