@@ -52,14 +52,7 @@ class CancelBody(BaseModel):
     principal: PrincipalName | None = None
     created_after: Moment | None = None
     created_before: Moment | None = None
-    all: Annotated[StrictBool, Field(validate_default=True)] = False
+    all: StrictBool = False
     """Needed where nothing else is said."""
     limit: Annotated[StrictInt, Field(ge=1, le=1000)] = 1000
     """Cancels so many at most in one call."""
-
-    @field_validator("all")
-    @classmethod
-    def _says_something(cls, everything: bool, info: ValidationInfo) -> bool:
-        if not everything and all(said is None for said in info.data.values()):
-            raise ValueError("the filter is empty; say which jobs, or 'all': true for every one")
-        return everything

@@ -42,6 +42,8 @@ async def cancel(request: web.Request) -> web.Response:
     Memory jobs are left alone, for only their replica knows them."""
     schema = validate(CancelBody, (await read_json(request))[0])
     wanted = JobFilter(**schema.model_dump(exclude={"all", "limit"}))
+    if wanted == JobFilter() and not schema.all:
+        raise BadRequest("The filter is empty; say which jobs, or 'all': true for every one.", param="all")
     ids, more = await caller(request).cancel_all(wanted, schema.limit)
     return web.json_response({"object": "jobs.cancelled", "cancelled": len(ids), "task_ids": ids, "more": more})
 
