@@ -520,7 +520,8 @@ class Gateway:
         inbox = self._posting
         assert inbox is not None
         try:
-            if inbox.ready >= self.settings.scheduler.max_waiting:
+            aside = (await lanes.census()).paused if self.control.rules.rules else 0
+            if inbox.ready + aside >= self.settings.scheduler.max_waiting:
                 raise await self._overloaded(lanes, inbox.ready)
             await inbox.post(job)
         except BrokerUnavailable:
@@ -657,7 +658,9 @@ async def _open_inbox(gateway: Gateway, store: Store, scheduler: Scheduler) -> A
             "broker.kind = 'rabbitmq' (BROKER) needs aio-pika; install it: pip install 'llmstream[rabbitmq]'"
         ) from error
     slots = sum(pool.slots for pool in scheduler.pools.values())
-    door = Door(gateway.models, gateway._admit_order, gateway._take_job, gateway.observer.accepted)
+    door = Door(
+        gateway.models, gateway._admit_order, gateway._take_job, gateway.observer.accepted, gateway.control.pauses
+    )
     async with open_inbox(gateway.settings.broker, store, door, slots=slots) as inbox:
         if inbox.carries_jobs:
             scheduler.on_over = inbox.over

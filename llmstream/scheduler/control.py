@@ -32,6 +32,10 @@ class QueueControl:
         self._lanes_of = lanes_of
         self._clock = clock
 
+    def pauses(self, job: Job) -> bool:
+        """Whether a job is paused, as far as this replica knows."""
+        return self.rules.find("paused", job) is not None
+
     async def hold(self, mode: Mode, lane: Lane | None, model: str | None, by: str) -> QueueRules:
         """Pauses or drains a part of the queue; doing it twice is fine. Once this returns, nothing of it is claimed or
         accepted by any replica. Raises BadRequest when there are too many rules."""

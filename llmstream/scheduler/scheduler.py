@@ -223,7 +223,7 @@ class Scheduler:
                 retry_after=1,
             )
         self._store.memory.create(job)
-        if pool.free > 0 and not pool.more and not pool.targets and not self._paused(job):
+        if pool.free > 0 and not pool.more and not pool.targets and not self.control.pauses(job):
             self._start(job.pool, pool, job.id, NO_CLAIM)
         else:
             pool.line.push(job, asyncio.get_running_loop().time() * 1000 + pool.store_ahead_ms)
@@ -476,13 +476,10 @@ class Scheduler:
             except Exception:  # without it slots of targets would lapse while they are used
                 logger.exception("heartbeat of targets failed")
 
-    def _paused(self, job: Job) -> bool:
-        return self.control.rules.find("paused", job) is not None
-
     def _obey(self) -> None:
         """The rules have changed: for logged jobs the store sees to them, for memory jobs we do."""
         for pool in self.pools.values():
-            pool.line.hold(self._paused)
+            pool.line.hold(self.control.pauses)
             pool.more = True
             pool.wake.set()
 
