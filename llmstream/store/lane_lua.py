@@ -75,7 +75,8 @@ local function covered(rules, level, model)
   end
   return false
 end
-local pausing = rules_of(redis.call('HGET', control, 'paused'))
+local modes = redis.call('HMGET', control, 'paused', 'draining')
+local pausing = rules_of(modes[1])
 -- Lets a job wait: in line, or aside where its lane or model is paused. 'part' is its meta.
 local function wait(id, part)
   local level = tonumber(part[1])

@@ -39,14 +39,14 @@ _PUSH = Script(
 -- -> 1 it waits or runs, 0 too many wait, 2 its lane or model is draining, 3 too many are scheduled
 local id, level, again = ARGV[1], tonumber(ARGV[2]), ARGV[14] == '1'
 if redis.call('HEXISTS', meta, id) == 1 then return 1 end
-local draining = not again and rules_of(redis.call('HGET', control, 'draining'))
+local draining = not again and rules_of(modes[2])
 if draining and covered(draining, level, ARGV[11]) then return 2 end
 local now, due = now_ms(), tonumber(ARGV[12])
 local asleep = due > now
 if not again then
   if asleep then
     if redis.call('ZCARD', scheduled) >= tonumber(ARGV[13]) then return 3 end
-  elseif redis.call('ZCARD', order) + redis.call('ZCARD', paused) >= tonumber(ARGV[4]) then
+  elseif redis.call('ZCARD', order) + (pausing and redis.call('ZCARD', paused) or 0) >= tonumber(ARGV[4]) then
     return 0
   end
 end
