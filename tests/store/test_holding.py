@@ -350,3 +350,16 @@ async def test_alive_tells_what_waits_and_runs(store: Store) -> None:
     for job in jobs:
         lives = found[job.id]
         assert (lives.model, lives.principal, lives.priority) == (job.request.model, job.principal, job.priority)
+
+
+async def test_turns_outlive_an_empty_line(store: Store) -> None:
+    """While jobs wait aside the line may run empty: who comes later still stands behind them."""
+    lanes = lanes_of(store)
+    await lanes.control(paused(1, (None, "m1")))
+    early = await push(lanes, make_job("m1"), make_job("m1"))
+    (free,) = await push(lanes, make_job("m2"))
+    assert await claimed(lanes) == [free]
+    late = await push(lanes, make_job("m1"))
+    await lanes.control(paused(2))
+    await lanes.sweep(2)
+    assert await claimed(lanes) == early + late
