@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from fnmatch import fnmatchcase
 
@@ -46,8 +47,7 @@ def lanes_of(store: Store, **changes: object) -> Lanes:
 
 
 async def push(lanes: Lanes, *jobs: Job) -> list[str]:
-    for job in jobs:
-        assert await lanes.push(job)
+    assert all(await asyncio.gather(*map(lanes.push, jobs)))
     return [job.id for job in jobs]
 
 
@@ -163,7 +163,9 @@ async def test_its_keys_outlive_its_sleep(store: Store) -> None:
     lives += [await store.writes.call("PTTL", key) for key in keys]
     assert min(lives) > (2 * WEEK_S - 60) * 1000
     await store.jobs.join_session("demo", make_job())  # shortens nothing
-    assert await store.writes.call("PTTL", store.keys.session("demo", "a")) > (2 * WEEK_S - 60) * 1000
+    store.owned.note(make_job())
+    assert len(await store.owned.latest("a")) == 2
+    assert min([await store.writes.call("PTTL", key) for key in keys]) > (2 * WEEK_S - 60) * 1000
 
 
 async def test_a_pause_holds_before_anything_was_moved(store: Store) -> None:
@@ -202,14 +204,15 @@ async def test_what_comes_or_comes_back_during_a_pause_waits_aside(store: Store)
     lanes = lanes_of(store)
     released, lapsed, left = await push(lanes, *(make_job() for _ in range(3)))
     for replica in ("releasing", "dying", "leaving"):
-        await lanes.heartbeat(replica, 1, 0.03 if replica == "dying" else 60, 0)
+        await lanes.heartbeat(replica, 1, 60, 0)
         assert len((await lanes.claim(replica, 1)).ids) == 1
     await lanes.control(paused(1, (None, "echo")))
     new, sleeping = await push(lanes, make_job(), make_job(delay_s=0.01))
     await lanes.release(released, "releasing")
     await lanes.leave("leaving")
+    await store.writes.call("ZADD", lanes._key("replicas"), 1, "dying")  # its lease lapsed long ago
     start = time.monotonic()
-    await wait_until(lambda: time.monotonic() - start > 0.06)
+    await wait_until(lambda: time.monotonic() - start > 0.03)
     pulse = await lanes.heartbeat("r", 1, 60, 0)
     assert pulse.taken_back == 1
     census = await lanes.census()
@@ -264,9 +267,7 @@ async def test_an_older_rule_never_replaces_a_later_one(store: Store) -> None:
 async def test_many_are_moved_in_pages(store: Store) -> None:
     """More jobs than one step looks at, with equal turns among them, are put aside and come back in their order."""
     lanes = lanes_of(store)
-    names = [f"p{number % 3}" for number in range(1300)]
-    for name in names:
-        assert await lanes.push(make_job(principal=name))
+    await push(lanes, *(make_job(principal=f"p{number % 3}") for number in range(1300)))
     expected = [job_id for _ in range(3) for job_id in (await claimed(lanes, 1))]
     for job_id in expected:
         await lanes.release(job_id, "r")
@@ -329,7 +330,7 @@ async def test_pauses_lose_and_reorder_nothing(store: Store, steps: list[Job | Q
 FITS = Script("fits", PRELUDE + PAUSING + "return fits(ARGV[1], ARGV[2]) and 1 or 0")
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pattern=st.text("ab*?-.", min_size=1, max_size=12), name=st.text("ab-.%", max_size=12))
 async def test_the_store_reads_patterns_as_we_do(store: Store, pattern: str, name: str) -> None:
     """A pattern covers the same models in the store's scripts and here."""
