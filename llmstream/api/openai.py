@@ -42,7 +42,7 @@ async def answer(request: web.Request, body: dict[str, Any], raw: bytes) -> web.
     disconnect = gateway.settings.disconnect
     generate, known = openai_request("chat", schema, body, raw), identity(request, schema.job_id, body)
     there: Asked | None = None
-    if gateway.settings.cache.covers_all and schema.session_id is None:
+    if gateway.settings.cache.covers_all and schema.session_id is None and not schema.scheduled:
         there, known = await reuse(request, generate, known, schema.durability)
     job, follower, cached = there or Asked(
         *await gateway.start(
@@ -51,6 +51,8 @@ async def answer(request: web.Request, body: dict[str, Any], raw: bytes) -> web.
             priority=schema.priority,
             session_id=schema.session_id,
             deadline_s=schema.deadline_s,
+            not_before=schema.not_before,
+            delay_s=schema.delay_s,
             durability=schema.durability,
             identity=known,
             grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),

@@ -15,7 +15,7 @@
 {prefix}:{c:OWNER}:stats    hash    hits, misses, shared and evictions of these entries
 {prefix}:{q:POOL}:order     zset    waiting jobs by level and turn: the order of service inside a level
 {prefix}:{q:POOL}:ages      zset    the same jobs by level and time of arrival: how urgent a level is
-{prefix}:{q:POOL}:meta      hash    job -> level|arrival|principal|deadline|turn, while it waits or runs
+{prefix}:{q:POOL}:meta      hash    job -> level|arrival|principal|deadline|turn|model, while it waits or runs
 {prefix}:{q:POOL}:turns     hash    level -> turn being served, level:principal -> last turn given out
 {prefix}:{q:POOL}:claims    hash    job -> replica|claimed at|number of the claim
 {prefix}:{q:POOL}:replicas  zset    replica -> end of its lease
@@ -27,6 +27,10 @@
 {prefix}:pools              zset    every pool -> its last heartbeat by any replica
 {prefix}:{q:POOL}:unread    zset    jobs that end without readers -> when to look for these again
 {prefix}:{q:POOL}:dead      zset    jobs that failed after all their attempts, by the time of it
+{prefix}:{q:POOL}:scheduled zset    jobs that may not begin yet, by the time when they may
+{prefix}:{q:POOL}:paused    zset    jobs that wait aside until a pause ends, by level and turn
+{prefix}:{q:POOL}:control   hash    the pool's copy of what is paused and draining, and as of which version
+{prefix}:queues             hash    what is paused and draining, and the version of it
 {prefix}:{n:NUMBER}:probe   string  written to see whether a server takes writes; numbers spread over a cluster
 {prefix}:{t:TARGET}:window  hash    requests and tokens of the last minute by slice of time, and their sums
 {prefix}:{t:TARGET}:holds   hash    replica|try -> slice it was counted in|tokens reserved|number: its slot
@@ -69,6 +73,9 @@ QUEUE_PARTS = (
     "stats",
     "unread",
     "dead",
+    "scheduled",
+    "paused",
+    "control",
 )
 BUDGET_PARTS = ("window", "holds", "leases", "line", "asked")
 
@@ -87,6 +94,7 @@ class Keys:
         self.stream_secret = f"{prefix}:stream_secret"
         self.revoked = f"{prefix}:revoked"
         self.over = f"{prefix}:over"
+        self.queues = f"{prefix}:queues"
 
     def job(self, job_id: str) -> str:
         return f"{self._prefix}:{{{job_id}}}:job"

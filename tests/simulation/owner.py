@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, cast
 from unittest.mock import patch
 
 from llmstream.config import DeadlineSettings, ModelSettings, RetrySettings, SchedulerSettings, Settings, StoreSettings
 from llmstream.duplicates import Identity
 from llmstream.errors import NotFound, StoreUnavailable
-from llmstream.gateway import Gateway
+from llmstream.gateway import Gateway, Submission
 from llmstream.providers.echo import EchoProvider
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
@@ -23,7 +23,7 @@ from llmstream.store.node import Node
 from llmstream.store.presence import Presence
 from llmstream.store.recent import Recent
 from llmstream.store.store import Store
-from llmstream.types import Job
+from llmstream.types import Job, Lane
 from tests.simulation.loop import Process, VirtualLoop
 from tests.simulation.network import EPOCH, Link, Server
 
@@ -127,6 +127,8 @@ class Client:
         self.cancelled: set[str] = set()
         self.told: dict[str, str] = {}
         """How jobs have ended, as far as an answer said so."""
+        self.paused: tuple[Lane | None, str | None] | None = None
+        """What is paused, as far as an answer said so."""
         nothing = Router([])
         clock = self._clock
         idle = Scheduler(
@@ -142,6 +144,9 @@ class Client:
 
     def submit(self, job: Job) -> None:
         self._run(self._submit(job))
+
+    def pause(self, lane: Lane | None, model: str | None, seconds: float) -> None:
+        self._run(self._pause(lane, model, seconds))
 
     def cancel(self, job_id: str) -> None:
         self.cancelled.add(job_id)
@@ -165,14 +170,26 @@ class Client:
 
     async def _submit(self, job: Job) -> None:
         identity = Identity(fingerprint=job.id, job_id=job.id)
-        deadline_s = None if job.expires_at is None else job.expires_at - EPOCH
+        given = Submission(
+            priority=job.priority,
+            deadline_s=None if job.expires_at is None else job.expires_at - EPOCH,
+            not_before=job.not_before,
+        )
         while True:
             try:
-                await self._gateway.submit(job.request, priority=job.priority, deadline_s=deadline_s, identity=identity)
+                await self._gateway.submit(job.request, identity=identity, **given)
             except StoreUnavailable:
                 await asyncio.sleep(RETRY_S)
             else:
                 return
+
+    async def _pause(self, lane: Lane | None, model: str | None, seconds: float) -> None:
+        control = self._gateway.control
+        await _insist(lambda: control.hold("paused", lane, model, "client"))
+        self.paused = (lane, model)
+        await asyncio.sleep(seconds)
+        self.paused = None
+        await _insist(control.resume_all)
 
     async def _cancel(self, job_id: str) -> None:
         while True:
@@ -182,3 +199,13 @@ class Client:
                 await asyncio.sleep(RETRY_S)
             else:
                 return
+
+
+async def _insist(step: Callable[[], Awaitable[object]]) -> None:
+    while True:
+        try:
+            await step()
+        except StoreUnavailable:
+            await asyncio.sleep(RETRY_S)
+        else:
+            return

@@ -13,7 +13,7 @@ from llmstream.types import BEGINNING, TERMINAL, Delta, Event, EventId, Finished
 from tests.replica import tokens
 from tests.simulation.memory import Memory
 
-LEFT_EMPTY = ("order", "ages", "meta", "claims", "deadlines")
+LEFT_EMPTY = ("order", "ages", "meta", "claims", "deadlines", "scheduled", "paused")
 """Parts of a queue that hold nothing when every job has ended."""
 KEYS = Keys("llmstream")
 
