@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 from msgspec.structs import replace
 
@@ -61,6 +61,7 @@ from llmstream.types import (
     GenerateRequest,
     Job,
     JobState,
+    Kind,
     ModelInfo,
     Principal,
     Restart,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RETRY_AFTER_S = 1.0
 STORE_RETRY_AFTER_S = 1.0
+_PROMPTS: Final[dict[Kind, str]] = {"chat": "messages", "completion": "prompt", "embedding": "input"}
 
 logger = logging.getLogger(__name__)
 
@@ -506,7 +508,7 @@ def _refuse_long_prompt(request: GenerateRequest, limit: int | None) -> None:
     if limit is not None and (size := request.prompt_chars) > limit:
         raise BadRequest(
             f"The prompt has {size} characters, and {limit} are allowed (security.max_prompt_chars); shorten it.",
-            param="messages" if request.kind == "chat" else "prompt",
+            param=_PROMPTS[request.kind],
             code="prompt_too_long",
         )
 

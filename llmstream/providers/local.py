@@ -11,6 +11,7 @@ from llmstream.providers.base import Sink
 from llmstream.providers.device import Device
 from llmstream.providers.engines.base import EngineSpec
 from llmstream.providers.fields import check_fields
+from llmstream.providers.stream import Stream
 from llmstream.transcript import Transcript
 from llmstream.types import GenerateRequest, ModelInfo
 
@@ -18,12 +19,15 @@ from llmstream.types import GenerateRequest, ModelInfo
 class LocalProvider:
     """Implements :class:`~llmstream.providers.base.Provider` with one engine process."""
 
+    engine: str | None = None
+    """What runs the model where the settings do not say it exactly."""
+
     def __init__(self, name: str, settings: ModelSettings, weights: Path) -> None:
         self._name, self._settings = name, settings
         self._device = Device(
             name,
             EngineSpec(
-                engine=settings.engine,
+                engine=self.engine or settings.engine,
                 path=str(weights),
                 slots=settings.slots,
                 context=settings.context,
@@ -48,7 +52,8 @@ class LocalProvider:
 
     @property
     def models(self) -> Sequence[ModelInfo]:
-        return [ModelInfo(name=self._name, provider=self._name, context=self._device.info.context or None)]
+        context = self._device.info.context or None
+        return [ModelInfo(name=self._name, provider=self._name, context=context, kinds=("chat", "completion"))]
 
     @property
     def pid(self) -> int | None:
@@ -62,6 +67,8 @@ class LocalProvider:
         await self._device.close()
 
     async def check(self, request: GenerateRequest) -> None:
+        if request.kind == "embedding":
+            raise no_embeddings(self._name)
         check_fields(request)
         if request.choices > self.slots:
             raise BadRequest(
@@ -93,6 +100,9 @@ class LocalProvider:
             await stream.ended()
         finally:
             await self._device.stop(stream)
+        self._check_whole(stream, request)
+
+    def _check_whole(self, stream: Stream, request: GenerateRequest) -> None:
         if len(stream.finished) < request.choices:
             raise UpstreamBroken(f"The engine of {self._name!r} stopped in the middle of an answer.")
 
@@ -109,3 +119,12 @@ class LocalProvider:
             "details": device.info.details,
             **({"error": device.last_error} if device.last_error and device.state != "ok" else {}),
         }
+
+
+def no_embeddings(name: str) -> BadRequest:
+    """What to say to those who ask a chat model for vectors."""
+    return BadRequest(
+        f"The model {name!r} makes no embeddings; ask one that does. GET /v1/models lists what each can.",
+        param="model",
+        code="model_cannot_embed",
+    )

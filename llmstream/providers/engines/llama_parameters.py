@@ -7,7 +7,7 @@ from typing import Any
 
 from llmstream.providers.engines.base import EngineSpec
 from llmstream.providers.engines.cores import available_cores
-from llmstream.providers.engines.gguf_header import read_header
+from llmstream.providers.engines.gguf_header import read_header, read_version
 
 LARGEST_CONTEXT = 8192
 """What a slot gets when nothing is configured and the model could do more."""
@@ -42,6 +42,23 @@ def make_parameters(xllamacpp: Any, spec: EngineSpec, socket_path: str) -> Any:
     parameters.use_jinja = True
     parameters.verbosity = 1
     return parameters
+
+
+def make_embedding_parameters(xllamacpp: Any, spec: EngineSpec, socket_path: str) -> Any:
+    """Like :func:`make_parameters`, for a model that turns each input into one vector."""
+    parameters = make_parameters(xllamacpp, spec, socket_path)
+    # An input is read in one go: each of its tokens sees all the others.
+    parameters.n_batch = parameters.n_ubatch = parameters.n_ctx // spec.slots
+    parameters.embedding = True
+    return parameters
+
+
+def pools(path: Path) -> bool:
+    """Whether a GGUF file holds a model that makes embeddings, and says how. Raises ValueError for a damaged one."""
+    if read_version(path) is None:
+        return False
+    metadata = read_header(path).metadata
+    return bool(metadata.get(f"{metadata.get('general.architecture')}.pooling_type"))
 
 
 def trained_context(path: Path) -> int:

@@ -1,0 +1,74 @@
+"""Embedding models that run here, each in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmstream.errors import BadRequest
+from llmstream.providers.base import Sink
+from llmstream.providers.fields import check_fields
+from llmstream.providers.gathering import Gathered
+from llmstream.providers.local import LocalProvider
+from llmstream.transcript import Transcript
+from llmstream.types import GenerateRequest, ModelInfo, Usage
+from llmstream.vectors import counted, made_by, signed, slices, used
+
+
+class LocalEmbeddings(LocalProvider):
+    """Makes the vectors of a request slice by slice: those of several jobs take turns, and each slice is logged."""
+
+    engine = "llamacpp-embeddings"
+
+    @property
+    def models(self) -> Sequence[ModelInfo]:
+        info = self._device.info
+        told = {"capabilities": {"chat": False, "embeddings": True}, "dimensions": info.details.get("dimensions")}
+        return [
+            ModelInfo(
+                name=self._name, provider=self._name, context=info.context or None, kinds=("embedding",), extra=told
+            )
+        ]
+
+    async def check(self, request: GenerateRequest) -> None:
+        if request.kind != "embedding":
+            raise BadRequest(
+                f"The model {self._name!r} makes embeddings and cannot chat; POST /v1/embeddings asks it for them.",
+                param="model",
+                code="model_cannot_chat",
+            )
+        check_fields(request)
+        size, wanted = self._device.info.details.get("dimensions"), request.body.get("dimensions")
+        if wanted is not None and wanted != size:
+            raise BadRequest(
+                f"The vectors of {self._name!r} have {size} dimensions, and their beginnings mean nothing by "
+                "themselves; leave dimensions out.",
+                param="dimensions",
+            )
+        await self._device.count(request)
+
+    def can_continue(self, request: GenerateRequest, so_far: Transcript) -> bool:
+        """Vectors that another model made cannot stand beside ours."""
+        return request.kind == "embedding" and made_by(so_far, self._name)
+
+    async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
+        inputs = request.inputs
+        begin, tokens = (so_far.ended, used(so_far)) if so_far is not None else (0, 0)
+        for part in slices(inputs, begin):
+            asked = GenerateRequest.of("embedding", request.model, {"input": inputs[part.start : part.stop]})
+            made = await self._slice(asked)
+            own = made.usage.prompt_tokens if made.usage is not None else 0
+            tokens += own
+            deltas = [signed(each, part.start + each.index, self._name) for each in made.deltas]
+            deltas[-1] = counted(deltas[-1], own, Usage(prompt_tokens=tokens) if part.stop == len(inputs) else None)
+            if not sink.put(deltas):
+                await sink.drained()
+
+    async def _slice(self, asked: GenerateRequest) -> Gathered:
+        made = Gathered()
+        stream = await self._device.start(asked, made)
+        try:
+            await stream.ended()
+        finally:
+            await self._device.stop(stream)
+        self._check_whole(stream, asked)
+        return made
