@@ -16,6 +16,8 @@ MaxTokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
 class ModelDefaults(Section):
     name: str | None = None
     """Answers requests that name no model; None: the first one configured."""
+    embeddings: str | None = None
+    """Makes embeddings for requests that name no model; None: the first one here that makes them."""
     max_tokens: MaxTokens = 512
     """Longest answer of ``/v1/generate`` and ``/v1/chat`` where the request says nothing."""
     temperature: Temperature = 0.7

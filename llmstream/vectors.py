@@ -6,11 +6,9 @@ A vector is kept as the base64 of its little-endian 32-bit floats, which is also
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from struct import error, pack, unpack
 from typing import Any, Final
-
-from msgspec.structs import replace
 
 from llmstream.transcript import Choice, Transcript
 from llmstream.types import Delta, Usage
@@ -52,14 +50,25 @@ def vector_delta(index: int, vector: str) -> Delta:
     return Delta(index=index, fields={EMBEDDING: vector}, finish_reason="stop")
 
 
-def signed(delta: Delta, index: int, model: str) -> Delta:
-    """A vector as that of the input ``index``, with the name of who made it."""
-    return replace(delta, index=index, fields={**(delta.fields or {}), MODEL: model})
+class Slices:
+    """Makes the deltas of one model's vectors, slice by slice, and counts the tokens of all."""
 
+    def __init__(self, inputs: Sequence[Input], model: str, so_far: Transcript | None) -> None:
+        self._inputs, self._model = inputs, model
+        self._begin, self._tokens = (so_far.ended, _used(so_far)) if so_far is not None else (0, 0)
 
-def counted(delta: Delta, tokens: int, usage: Usage | None) -> Delta:
-    """The last vector of a slice, with the tokens of the slice and, at the end of all, of the whole request."""
-    return replace(delta, fields={**(delta.fields or {}), TOKENS: tokens}, usage=usage)
+    def __iter__(self) -> Iterator[range]:
+        return slices(self._inputs, self._begin)
+
+    def deltas(self, part: range, vectors: Iterable[str], tokens: int) -> list[Delta]:
+        """What to log of a slice that took ``tokens``; behind the last one comes the usage of the whole request."""
+        self._tokens += tokens
+        made = []
+        for index, vector in zip(part, vectors, strict=True):
+            fields = {EMBEDDING: vector, MODEL: self._model, **({TOKENS: tokens} if index == part[-1] else {})}
+            usage = Usage(prompt_tokens=self._tokens) if index == len(self._inputs) - 1 else None
+            made.append(Delta(index=index, fields=fields, finish_reason="stop", usage=usage))
+        return made
 
 
 def encode_floats(floats: Sequence[float]) -> str:
@@ -88,7 +97,7 @@ def vectors(transcript: Transcript) -> list[str]:
     return [_member(choice, EMBEDDING) for _, choice in sorted(transcript.choices.items())]
 
 
-def used(transcript: Transcript) -> int:
+def _used(transcript: Transcript) -> int:
     """Tokens of the inputs that have their vectors."""
     return sum(_member(choice, TOKENS) or 0 for choice in transcript.choices.values())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from llmstream.errors import BadRequest
@@ -39,13 +39,13 @@ Rule = Callable[[Any], str | None]
 """Says what a value should have been, or None when it is right."""
 
 
-def check_fields(request: GenerateRequest) -> None:
+def check_fields(request: GenerateRequest, also: Collection[str] = ()) -> None:
     """Raises BadRequest naming the first field that is wrong, unknown, or cannot be honoured here."""
     rules, required = RULES[request.kind]
     if request.body.get(required) is None:
         raise BadRequest(f"{required} is missing.", param=required)
     for name, value in request.body.items():
-        if value is None or name in WITHOUT_EFFECT:
+        if value is None or name in WITHOUT_EFFECT or name in also:
             continue
         if name in rules:
             expected = rules[name](value)

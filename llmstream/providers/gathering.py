@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmstream.types import Delta, Usage
+from llmstream.types import Delta
 
 
 class Gathered:
@@ -12,14 +12,9 @@ class Gathered:
 
     def __init__(self) -> None:
         self.deltas: list[Delta] = []
-        self.usage: Usage | None = None
 
     def put(self, deltas: Sequence[Delta]) -> bool:
-        for delta in deltas:
-            if delta.fields is not None:
-                self.deltas.append(delta)
-            if delta.usage is not None:
-                self.usage = delta.usage
+        self.deltas += deltas
         return True
 
     async def drained(self) -> None:

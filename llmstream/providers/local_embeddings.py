@@ -10,8 +10,8 @@ from llmstream.providers.fields import check_fields
 from llmstream.providers.gathering import Gathered
 from llmstream.providers.local import LocalProvider
 from llmstream.transcript import Transcript
-from llmstream.types import GenerateRequest, ModelInfo, Usage
-from llmstream.vectors import counted, made_by, signed, slices, used
+from llmstream.types import BEGINNING, GenerateRequest, ModelInfo
+from llmstream.vectors import Slices, made_by, vectors
 
 
 class LocalEmbeddings(LocalProvider):
@@ -52,18 +52,15 @@ class LocalEmbeddings(LocalProvider):
 
     async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
         inputs = request.inputs
-        begin, tokens = (so_far.ended, used(so_far)) if so_far is not None else (0, 0)
-        for part in slices(inputs, begin):
-            asked = GenerateRequest.of("embedding", request.model, {"input": inputs[part.start : part.stop]})
-            made = await self._slice(asked)
-            own = made.usage.prompt_tokens if made.usage is not None else 0
-            tokens += own
-            deltas = [signed(each, part.start + each.index, self._name) for each in made.deltas]
-            deltas[-1] = counted(deltas[-1], own, Usage(prompt_tokens=tokens) if part.stop == len(inputs) else None)
+        parts = Slices(inputs, self._name, so_far)
+        for part in parts:
+            asked = GenerateRequest.of("embedding", self._name, {"input": inputs[part.start : part.stop]})
+            deltas = parts.deltas(part, *await self._slice(asked))
             if not sink.put(deltas):
                 await sink.drained()
 
-    async def _slice(self, asked: GenerateRequest) -> Gathered:
+    async def _slice(self, asked: GenerateRequest) -> tuple[list[str], int]:
+        """The vectors of a slice, and the tokens of its inputs."""
         made = Gathered()
         stream = await self._device.start(asked, made)
         try:
@@ -71,4 +68,6 @@ class LocalEmbeddings(LocalProvider):
         finally:
             await self._device.stop(stream)
         self._check_whole(stream, asked)
-        return made
+        transcript = Transcript()
+        transcript.extend(made.deltas, BEGINNING)
+        return vectors(transcript), transcript.usage.prompt_tokens if transcript.usage else 0

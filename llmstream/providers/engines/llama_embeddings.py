@@ -10,8 +10,8 @@ from llmstream.providers.engines.gate import Gate, Ticket
 from llmstream.providers.engines.llama_chunks import failure_of
 from llmstream.providers.engines.llama_control import Control
 from llmstream.providers.engines.llama_parameters import make_embedding_parameters
-from llmstream.types import Delta, Failure, GenerateRequest, Usage
-from llmstream.vectors import dimensions, vector_delta
+from llmstream.types import Delta, Failure, GenerateRequest
+from llmstream.vectors import Slices, dimensions
 
 
 class InputTooLong(ValueError):
@@ -95,8 +95,8 @@ class LlamaCppEmbeddings:
             return
         try:
             vectors, tokens = self._embed(generation.request.inputs)
-            deltas = [vector_delta(index, vector) for index, vector in enumerate(vectors)]
-            deltas.append(Delta(index=len(vectors) - 1, usage=Usage(prompt_tokens=tokens)))
+            part = Slices(generation.request.inputs, generation.request.model, None)
+            deltas = part.deltas(range(len(vectors)), vectors, tokens)
         except InputRefused as refused:
             failure = refused.failure
         except Exception as error:
