@@ -36,6 +36,7 @@ _TRUE, _FALSE = Raw(b"true"), Raw(b"false")
 _WITH_USAGE = Raw(b'{"include_usage":true}')
 _BASE64 = Raw(b'"base64"')
 _SURVIVES = Raw(b'"continue"')
+_COMES_BACK = Raw(b'"grace"')
 _ANEW = Raw(b'"restart"')
 
 _members = msgspec.json.Decoder(Members).decode
@@ -57,7 +58,8 @@ def upstream_body(request: GenerateRequest, so_far: Transcript | None, can: Capa
     if request.kind == "embedding":
         body["encoding_format"] = _BASE64
         if nested:
-            body["on_disconnect"] = _SURVIVES
+            # Its id comes with the answer, too late to cancel it: it has to notice itself that nobody waits any more.
+            body["on_disconnect"] = _COMES_BACK
         return encode(body)
     body["stream"] = _TRUE
     _ask_for_usage(body, can)
