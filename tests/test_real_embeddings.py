@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -20,10 +21,16 @@ import pytest_asyncio
 from openai import AsyncOpenAI
 
 from llmstream.config import ModelSettings, ServerSettings, Settings
+from llmstream.providers.device import CANCEL_DEADLINE_S, Device
+from llmstream.providers.echo import EchoProvider
+from llmstream.providers.engines.base import EngineSpec
+from llmstream.providers.gathering import Gathered
 from llmstream.providers.local_embeddings import LocalEmbeddings
 from llmstream.providers.weights import CATALOGUE
 from llmstream.server import Server
-from llmstream.vectors import SLICE_INPUTS
+from llmstream.transcript import Transcript
+from llmstream.types import EventId, GenerateRequest
+from llmstream.vectors import SLICE_INPUTS, Slices
 from tests.api.reading import finished
 from tests.waiting import wait_until
 from tests.weights_fixture import minilm_weights
@@ -203,6 +210,39 @@ async def test_cancelling_frees_the_engine(server: Server, http: aiohttp.ClientS
     await wait_until(lambda: not engine(server)._device._streams)
     assert len(await embed(client, ["next"])) == 1
     assert engine(server)._device.restarts == restarts
+
+
+async def test_a_cancelled_slice_is_over_at_once() -> None:
+    """Slices that compute or wait are over as soon as they are cancelled; what still computes holds up the next ones,
+    and nothing has to be killed."""
+    spec = EngineSpec(engine=str(LocalEmbeddings.engine), path=str(minilm_weights()), slots=1)
+    device = Device("minilm", spec)
+    await device.open()
+    try:
+        large = GenerateRequest.of("embedding", "minilm", {"input": ["word " * 400] * 2})
+        streams = [await device.start(large, Gathered()) for _ in range(3)]
+        async with asyncio.timeout(CANCEL_DEADLINE_S / 2):
+            await asyncio.gather(*(device.stop(stream) for stream in streams))
+        made = Gathered()
+        small = await device.start(GenerateRequest.of("embedding", "minilm", {"input": "small"}), made)
+        await small.ended()
+        assert len(made.deltas) == 1
+        assert device.restarts == 0
+    finally:
+        await device.close()
+
+
+async def test_vectors_of_other_models_are_not_gone_on_from() -> None:
+    """Whoever makes vectors goes on behind its own only."""
+    request = GenerateRequest.of("embedding", "minilm", {"input": ["a", "b"]})
+    own, others = Transcript(), Transcript()
+    own.extend(Slices(["a", "b"], "minilm", None).deltas(range(1), ["AAAA"], 3), EventId(1, 1))
+    others.extend(Slices(["a", "b"], "other", None).deltas(range(1), ["AAAA"], 3), EventId(1, 1))
+    settings = ModelSettings(engine="echo")
+    for provider in (LocalEmbeddings("minilm", settings, minilm_weights()), EchoProvider("minilm", settings)):
+        assert provider.can_continue(request, own)
+        assert provider.can_continue(request, Transcript())
+        assert not provider.can_continue(request, others)
 
 
 async def test_weights_are_those_of_the_catalogue() -> None:

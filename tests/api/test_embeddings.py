@@ -248,6 +248,7 @@ async def test_a_crash_goes_on_with_the_next_slice(http: aiohttp.ClientSession, 
     assert answer["usage"]["total_tokens"] == 3 * len(MANY)
     made = await slices_of(server, "crashed-once")
     assert (made[1], made[2][0][0]) == ([list(range(SLICE_INPUTS))], SLICE_INPUTS)
+    assert (await server.gateway.job("crashed-once")).attempt == 2
 
 
 async def test_the_same_key_is_the_same_job(http: aiohttp.ClientSession) -> None:
