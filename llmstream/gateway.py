@@ -575,7 +575,8 @@ async def _open_inbox(gateway: Gateway, store: Store, scheduler: Scheduler) -> A
             "broker.kind = 'rabbitmq' (BROKER) needs aio-pika; install it: pip install 'llmstream[rabbitmq]'"
         ) from error
     slots = sum(pool.slots for pool in scheduler.pools.values())
-    door = Door(gateway.models, gateway._admit_order, gateway._take_job, gateway.observer.accepted)
+    chatting = [model for model in gateway.models if model.takes("chat")]
+    door = Door(chatting, gateway._admit_order, gateway._take_job, gateway.observer.accepted)
     async with open_inbox(gateway.settings.broker, store, door, slots=slots) as inbox:
         if inbox.carries_jobs:
             scheduler.on_over = inbox.over

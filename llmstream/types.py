@@ -348,6 +348,10 @@ class ModelInfo(Struct, frozen=True, omit_defaults=True):
     """What it can be asked for; None where the provider does not say."""
     extra: Mapping[str, Any] = {}
 
+    def takes(self, kind: Kind) -> bool:
+        """Whether to ask it for a kind where a request names no model; who does not say is taken for a chat model."""
+        return kind in (self.kinds or ("chat", "completion"))
+
 
 def own_id(principal: str, name: str) -> str:
     """The job id that a caller's own id stands for; those of different principals never meet."""

@@ -16,7 +16,7 @@ from llmstream.conversations import Conversations
 from llmstream.duplicates import Identity
 from llmstream.errors import BadRequest, ContextLengthExceeded
 from llmstream.store.follower import Follower
-from llmstream.types import Durability, GenerateRequest, Job, Kind, ModelInfo, Principal
+from llmstream.types import Durability, GenerateRequest, Job, Kind, Principal
 
 NO_CACHE, NO_STORE = "no-cache", "no-store"
 CACHED = {"X-Cache": "hit"}
@@ -174,13 +174,8 @@ def served_model(request: web.Request, kind: Kind = "chat") -> str | None:
     """Who answers a request of a kind that names no model; None when the caller knows nobody by name."""
     defaults = request.app[GATEWAY].settings.model
     named = defaults.embeddings if kind == "embedding" else defaults.name
-    able = (model.name for model in caller(request).models if can_be_asked(model, kind))
+    able = (model.name for model in caller(request).models if model.takes(kind))
     return named or next(able, None)
-
-
-def can_be_asked(model: ModelInfo, kind: Kind) -> bool:
-    """Whether a model is known to take requests of a kind; remote ones are taken for chat models."""
-    return kind in (model.kinds or ("chat", "completion"))
 
 
 def default_model(request: web.Request, kind: Kind = "chat") -> str:

@@ -22,7 +22,7 @@ class LocalEmbeddings(LocalProvider):
     @property
     def models(self) -> Sequence[ModelInfo]:
         info = self._device.info
-        told = {"capabilities": {"chat": False, "embeddings": True}, "dimensions": info.details.get("dimensions")}
+        told = {"dimensions": info.details.get("dimensions")}
         return [
             ModelInfo(
                 name=self._name, provider=self._name, context=info.context or None, kinds=("embedding",), extra=told
