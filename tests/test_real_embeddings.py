@@ -20,7 +20,7 @@ import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
 
-from llmstream.config import ModelSettings, ServerSettings, Settings
+from llmstream.config import ModelSettings, RouteSettings, ServerSettings, Settings, TargetSettings
 from llmstream.providers.device import CANCEL_DEADLINE_S, Device
 from llmstream.providers.echo import EchoProvider
 from llmstream.providers.engines.base import EngineSpec
@@ -55,9 +55,10 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
         data_dir=tmp_path_factory.mktemp("minilm"),
         server=ServerSettings(port=0, shutdown_grace_s=2),
         models={
-            "minilm": ModelSettings(source=str(minilm_weights())),
+            "minilm": ModelSettings(source=str(minilm_weights()), context=4096),  # has positions for 512
             "echo": ModelSettings(engine="echo"),
         },
+        routes={"both": RouteSettings(targets=[TargetSettings(provider="minilm"), TargetSettings(provider="echo")])},
     )
     async with Server(settings) as server:
         yield server
@@ -154,6 +155,10 @@ async def test_each_model_does_what_it_can(client: AsyncOpenAI, http: aiohttp.Cl
     with pytest.raises(openai.BadRequestError) as caught:
         await client.chat.completions.create(model="minilm", messages=[{"role": "user", "content": "hi"}])
     assert (caught.value.param, caught.value.code) == ("model", "model_cannot_chat")
+    # A route may lead there all the same: then the next target is asked.
+    chat = await client.chat.completions.create(model="both", messages=[{"role": "user", "content": "hi"}])
+    assert chat.choices[0].message.content == "hi"
+    assert len((await client.embeddings.create(model="both", input="a")).data[0].embedding) == 384
     async with http.post("/question", json={"text": "who answers"}) as response:
         assert (await response.json())["text"] == "who answers"
     async with http.post("/embeddings", json={"input": "a"}) as response:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmstream.config import ModelSettings
-from llmstream.errors import BadRequest, ContextLengthExceeded, UpstreamBroken
+from llmstream.errors import BadRequest, ContextLengthExceeded, UpstreamBroken, UpstreamUnknown
 from llmstream.providers.base import Sink
 from llmstream.providers.device import Device
 from llmstream.providers.engines.base import EngineSpec
@@ -67,8 +67,7 @@ class LocalProvider:
         await self._device.close()
 
     async def check(self, request: GenerateRequest) -> None:
-        if request.kind == "embedding":
-            raise no_embeddings(self._name)
+        self._check_kind(request, BadRequest)
         check_fields(request)
         if request.choices > self.slots:
             raise BadRequest(
@@ -94,6 +93,7 @@ class LocalProvider:
         return request.choices == 1 and not bound and not tools and bool(plain) and so_far.continuable
 
     async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
+        self._check_kind(request, UpstreamUnknown)
         text, tokens = (so_far.text, tuple(so_far.tokens)) if so_far else ("", ())
         stream = await self._device.start(request, sink, text, tokens)
         try:
@@ -105,6 +105,16 @@ class LocalProvider:
     def _check_whole(self, stream: Stream, request: GenerateRequest) -> None:
         if len(stream.finished) < request.choices:
             raise UpstreamBroken(f"The engine of {self._name!r} stopped in the middle of an answer.")
+
+    def _check_kind(self, request: GenerateRequest, error: type[BadRequest | UpstreamUnknown]) -> None:
+        """Raises ``error`` for a request of a kind that is not for this model; routes may lead there all the same."""
+        if request.kind == "embedding":
+            raise error(
+                f"The model {self._name!r} makes no embeddings; ask one that does. GET /v1/models lists what each can.",
+                param="model",
+                code="model_cannot_embed",
+                status=400,
+            )
 
     async def health(self) -> dict[str, object]:
         """Status ``loading``, ``ok``, ``restarting`` or ``closed``, with pid, context, slots and restarts."""
@@ -119,12 +129,3 @@ class LocalProvider:
             "details": device.info.details,
             **({"error": device.last_error} if device.last_error and device.state != "ok" else {}),
         }
-
-
-def no_embeddings(name: str) -> BadRequest:
-    """What to say to those who ask a chat model for vectors."""
-    return BadRequest(
-        f"The model {name!r} makes no embeddings; ask one that does. GET /v1/models lists what each can.",
-        param="model",
-        code="model_cannot_embed",
-    )

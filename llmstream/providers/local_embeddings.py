@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmstream.errors import BadRequest
+from llmstream.errors import BadRequest, UpstreamUnknown
 from llmstream.providers.base import Sink
 from llmstream.providers.fields import check_fields
 from llmstream.providers.gathering import Gathered
@@ -30,12 +30,7 @@ class LocalEmbeddings(LocalProvider):
         ]
 
     async def check(self, request: GenerateRequest) -> None:
-        if request.kind != "embedding":
-            raise BadRequest(
-                f"The model {self._name!r} makes embeddings and cannot chat; POST /v1/embeddings asks it for them.",
-                param="model",
-                code="model_cannot_chat",
-            )
+        self._check_kind(request, BadRequest)
         check_fields(request)
         size, wanted = self._device.info.details.get("dimensions"), request.body.get("dimensions")
         if wanted is not None and wanted != size:
@@ -51,6 +46,7 @@ class LocalEmbeddings(LocalProvider):
         return request.kind == "embedding" and made_by(so_far, self._name)
 
     async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
+        self._check_kind(request, UpstreamUnknown)
         inputs = request.inputs
         parts = Slices(inputs, self._name, so_far)
         for part in parts:
@@ -58,6 +54,15 @@ class LocalEmbeddings(LocalProvider):
             deltas = parts.deltas(part, *await self._slice(asked))
             if not sink.put(deltas):
                 await sink.drained()
+
+    def _check_kind(self, request: GenerateRequest, error: type[BadRequest | UpstreamUnknown]) -> None:
+        if request.kind != "embedding":
+            raise error(
+                f"The model {self._name!r} makes embeddings and cannot chat; POST /v1/embeddings asks it for them.",
+                param="model",
+                code="model_cannot_chat",
+                status=400,
+            )
 
     async def _slice(self, asked: GenerateRequest) -> tuple[list[str], int]:
         """The vectors of a slice, and the tokens of its inputs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -14,6 +15,7 @@ import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
 
+from llmstream.config_routes import CacheSettings
 from llmstream.providers import echo_vectors
 from llmstream.server import Server
 from llmstream.types import Delta
@@ -264,6 +266,20 @@ async def test_the_same_key_is_the_same_job(http: aiohttp.ClientSession) -> None
     headers = {"Idempotency-Key": "vectors"}
     async with http.post("/v1/embeddings", json={"model": "echo", "input": "b"}, headers=headers) as response:
         assert response.status == 422
+
+
+async def test_a_cached_batch(tmp_path: Path) -> None:
+    """Where the cache is for all routes an equal request gets the vectors that are there, in whichever form."""
+    settings = echo_settings(tmp_path, cache=CacheSettings(everywhere=True))
+    async with Server(settings) as server, aiohttp.ClientSession(server.url) as http:
+        found = []
+        for encoding in ("float", "base64"):
+            body = {"model": "echo", "input": TEXTS, "encoding_format": encoding}
+            async with http.post("/v1/embeddings", json=body) as response:
+                found.append((response.headers["x-job-id"], response.headers.get("X-Cache")))
+                vector = (await response.json())["data"][1]["embedding"]
+    assert found == [(found[0][0], None), (found[0][0], "hit")]
+    assert np.frombuffer(base64.b64decode(vector), "<f4").tolist() == expected(TEXTS[1])
 
 
 async def test_in_memory(http: aiohttp.ClientSession) -> None:

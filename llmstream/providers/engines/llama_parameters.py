@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from llmstream.providers.engines.base import EngineSpec
 from llmstream.providers.engines.cores import available_cores
 from llmstream.providers.engines.gguf_header import read_header, read_version
@@ -46,7 +48,9 @@ def make_parameters(xllamacpp: Any, spec: EngineSpec, socket_path: str) -> Any:
 
 def make_embedding_parameters(xllamacpp: Any, spec: EngineSpec, socket_path: str) -> Any:
     """Like :func:`make_parameters`, for a model that turns each input into one vector."""
-    parameters = make_parameters(xllamacpp, spec, socket_path)
+    # Such models have no positions behind those they were trained on.
+    context = min(spec.context or LARGEST_CONTEXT, trained_context(Path(spec.path)))
+    parameters = make_parameters(xllamacpp, replace(spec, context=context), socket_path)
     # An input is read in one go: each of its tokens sees all the others.
     parameters.n_batch = parameters.n_ubatch = parameters.n_ctx // spec.slots
     parameters.embedding = True
