@@ -177,7 +177,8 @@ class DeadlineSettings(Section):
 
 class ModelSettings(Section):
     source: str = "smollm2"
-    """``smollm2``, a path of a GGUF/GGML file, or a Hugging Face ``owner/repo/file.gguf``. Ignored by ``echo``."""
+    """``smollm2``, ``all-minilm-l6-v2`` (makes embeddings), a path of a GGUF/GGML file, or a Hugging Face
+    ``owner/repo/file.gguf``. Ignored by ``echo``."""
     engine: Literal["llamacpp", "ctransformers", "echo"] = "llamacpp"
     """What runs the model: llama.cpp, ctransformers for older GGML files, or the built-in echo."""
     slots: Annotated[int, Field(ge=1, le=256)] = 4

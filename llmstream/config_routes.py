@@ -16,6 +16,8 @@ MaxTokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
 class ModelDefaults(Section):
     name: str | None = None
     """Answers requests that name no model; None: the first one configured."""
+    embeddings: str | None = None
+    """Makes embeddings for requests that name no model; None: the first one here that makes them."""
     max_tokens: MaxTokens = 512
     """Longest answer of ``/v1/generate`` and ``/v1/chat`` where the request says nothing."""
     temperature: Temperature = 0.7
@@ -40,8 +42,8 @@ class CacheSettings(Section):
     """Answers a request to ``/v1/generate``, or to ``/v1/chat`` without a session, that equals an earlier one of the
     same principal with the earlier answer, also where another one would have come out."""
     everywhere: bool = False
-    """The same on ``/v1/chat/completions``, ``/v1/chat/stream``, ``/generate``, ``/chat_completion`` and
-    ``/question``."""
+    """The same on ``/v1/chat/completions``, ``/v1/embeddings``, ``/v1/chat/stream``, ``/generate``,
+    ``/chat_completion`` and ``/question``."""
     size: Annotated[int, Field(ge=1)] = 100
     """Answers kept for each principal; the least recently used ones go first."""
     ttl_seconds: Annotated[float, Field(gt=0)] = 3600.0

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 from msgspec.structs import replace
 
@@ -64,6 +64,7 @@ from llmstream.types import (
     GenerateRequest,
     Job,
     JobState,
+    Kind,
     ModelInfo,
     Principal,
     Restart,
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RETRY_AFTER_S = 1.0
 STORE_RETRY_AFTER_S = 1.0
+_PROMPTS: Final[dict[Kind, str]] = {"chat": "messages", "completion": "prompt", "embedding": "input"}
 
 logger = logging.getLogger(__name__)
 
@@ -591,7 +593,7 @@ def _refuse_long_prompt(request: GenerateRequest, limit: int | None) -> None:
     if limit is not None and (size := request.prompt_chars) > limit:
         raise BadRequest(
             f"The prompt has {size} characters, and {limit} are allowed (security.max_prompt_chars); shorten it.",
-            param="messages" if request.kind == "chat" else "prompt",
+            param=_PROMPTS[request.kind],
             code="prompt_too_long",
         )
 
@@ -658,9 +660,8 @@ async def _open_inbox(gateway: Gateway, store: Store, scheduler: Scheduler) -> A
             "broker.kind = 'rabbitmq' (BROKER) needs aio-pika; install it: pip install 'llmstream[rabbitmq]'"
         ) from error
     slots = sum(pool.slots for pool in scheduler.pools.values())
-    door = Door(
-        gateway.models, gateway._admit_order, gateway._take_job, gateway.observer.accepted, gateway.control.pauses
-    )
+    chatting = [model for model in gateway.models if model.takes("chat")]
+    door = Door(chatting, gateway._admit_order, gateway._take_job, gateway.observer.accepted, gateway.control.pauses)
     async with open_inbox(gateway.settings.broker, store, door, slots=slots) as inbox:
         if inbox.carries_jobs:
             scheduler.on_over = inbox.over

@@ -16,7 +16,7 @@ from llmstream.conversations import Conversations
 from llmstream.duplicates import Identity
 from llmstream.errors import BadRequest, ContextLengthExceeded
 from llmstream.store.follower import Follower
-from llmstream.types import Durability, GenerateRequest, Job, Principal
+from llmstream.types import Durability, GenerateRequest, Job, Kind, Principal
 
 NO_CACHE, NO_STORE = "no-cache", "no-store"
 CACHED = {"X-Cache": "hit"}
@@ -179,16 +179,19 @@ def principal_of(request: web.Request) -> Principal:
     return principal
 
 
-def served_model(request: web.Request) -> str | None:
-    """Who answers a request that names no model; None when the caller knows nobody by name."""
-    named = request.app[GATEWAY].settings.model.name
-    return named or next((model.name for model in caller(request).models), None)
+def served_model(request: web.Request, kind: Kind = "chat") -> str | None:
+    """Who answers a request of a kind that names no model; None when the caller knows nobody by name."""
+    defaults = request.app[GATEWAY].settings.model
+    named = defaults.embeddings if kind == "embedding" else defaults.name
+    able = (model.name for model in caller(request).models if model.takes(kind))
+    return named or next(able, None)
 
 
-def default_model(request: web.Request) -> str:
+def default_model(request: web.Request, kind: Kind = "chat") -> str:
     """Like :func:`served_model`. Raises BadRequest when there is none."""
-    if (name := served_model(request)) is None:
+    if (name := served_model(request, kind)) is None:
+        setting = "model.embeddings" if kind == "embedding" else "model.name"
         raise BadRequest(
-            "No model is configured by name; say which one with 'model', or set model.name.", param="model"
+            f"No model is configured by name; say which one with 'model', or set {setting}.", param="model"
         )
     return name

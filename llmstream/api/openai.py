@@ -161,4 +161,6 @@ def _model(model: ModelInfo) -> dict[str, object]:
     }
     if model.context is not None:
         body["context_length"] = model.context
+    if model.kinds is not None:
+        body["capabilities"] = {"chat": "chat" in model.kinds, "embeddings": "embedding" in model.kinds}
     return {**body, **model.extra}

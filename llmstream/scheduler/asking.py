@@ -177,7 +177,8 @@ class Asking:
         load.began(target.name)
         try:
             await target.provider.generate(target.asked(self._request), step.so_far, sink)
-            if len(intake.reasons) < self._request.choices:
+            earlier = step.so_far.ended if step.so_far is not None else 0
+            if earlier + len(intake.reasons) < self._request.choices:
                 raise UpstreamBroken("The model's stream ended before the answer did.")
         except (ProviderError, ContextLengthExceeded) as error:
             self._blame(crossing, error)
@@ -216,7 +217,8 @@ class Asking:
         return self._failed | resting
 
     def _goes_on(self, target: Target, transcript: Transcript) -> bool:
-        able = transcript.continuable and target.name not in self._stuck
+        stitches = transcript.continuable or self._request.kind == "embedding"
+        able = stitches and target.name not in self._stuck
         return able and target.provider.can_continue(target.asked(self._request), transcript)
 
 
