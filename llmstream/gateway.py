@@ -69,10 +69,14 @@ from llmstream.types import (
 )
 
 if TYPE_CHECKING:
+    from llmstream.broker.core import OtherCore
     from llmstream.broker.inbox import Inbox
+    from llmstream.broker.messages import Order
 
 DEFAULT_RETRY_AFTER_S = 1.0
 STORE_RETRY_AFTER_S = 1.0
+MAX_ID = 128
+"""Characters of the ids that other cores take."""
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +180,39 @@ class Gateway:
     async def job(self, job_id: str) -> JobState:
         """The record of a job. Raises NotFound, and Conflict for a memory job of another replica."""
         return await self._store.records(job_id).get(job_id)
+
+    @property
+    def core(self) -> OtherCore | None:
+        """Another core that runs orders in place of this service, where one is configured."""
+        return self.inbox.core if self.inbox is not None else None
+
+    async def order(
+        self, order: Order, identity: Identity | None, principal: Principal, deadline_s: float | None
+    ) -> tuple[str, bytes]:
+        """Lets the other core run an order: the id it has there, and the result.
+
+        Raises what :meth:`OtherCore.ask` raises, and like :meth:`submit` for what may not be asked for.
+        """
+        assert self.core is not None
+        if self._closing:
+            raise ShuttingDown("This replica is shutting down; try again, another one will answer.", retry_after=1)
+        request = order.request("", {})
+        _refuse_long_prompt(request, self.settings.security.max_prompt_chars)
+        if principal.models is not None and not principal.may_use(request.model):
+            raise ModelNotFound(
+                f"This API key has no model {order.meta.model!r}; say one of its models with meta.model.",
+                param="meta.model",
+            )
+        job = Job(order.job_id, request, pool="", created_at=self._clock(), principal=principal.id)
+        job = await self._duplicates.identify(job, identity)
+        if len(job.id) > MAX_ID:
+            raise BadRequest(
+                f"job_id is too long: with the key's name it may have {MAX_ID} characters.", param="job_id"
+            )
+        try:
+            return job.id, await self.core.ask(replace(order, job_id=job.id), deadline_s)
+        except Conflict:
+            raise identity.conflict() if identity is not None else Conflict("The order's id is taken.") from None
 
     async def transcript(self, job_id: str) -> Transcript:
         """The answer so far, read from the log."""

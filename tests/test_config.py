@@ -172,6 +172,21 @@ def test_variables_of_a_queue_in_front_of_a_core() -> None:
     assert load(env={"REDIS_PORT": "tcp://10.0.0.1:6379", "RABBIT_MQ_PORT": "tcp://10.0.0.1:5672"}) == Settings()
 
 
+def test_variables_of_an_api_in_front_of_a_core(config: Path) -> None:
+    """``INNER_LLM_URL`` leads to the core, over RabbitMQ where a queue is named; what is said otherwise goes first."""
+    core = load(env={"INNER_LLM_URL": "localhost:8670"})
+    assert (core.broker.kind, core.broker.consume) == ("redis", False)
+    assert {name: each.base_url for name, each in core.providers.items()} == {"core": "http://localhost:8670/v1"}
+    assert not core.models
+    secure = load(env={"INNER_LLM_URL": "https://core.example.com/api/v2/"})
+    assert secure.providers["core"].base_url == "https://core.example.com/api/v2"
+    queue = load(env={"INNER_LLM_URL": "localhost:8670", "QUEUE_NAME": "llm-api-queue"})
+    assert (queue.broker.kind, queue.broker.consume) == ("rabbitmq", False)
+    config.write_text("broker: {kind: redis, consume: true, queue: q}\nproviders: {core: {base_url: http://x/v1}}\n")
+    own = load(config, {"INNER_LLM_URL": "localhost:8670"})
+    assert (own.broker.kind, own.broker.consume, own.providers["core"].base_url) == ("redis", True, "http://x/v1")
+
+
 @pytest.mark.parametrize("url", ["http://localhost", "amqp://", "localhost:5672"])
 def test_other_brokers_are_refused(url: str) -> None:
     """What is no AMQP URL is refused without showing it, and so is a prefix that would mix results with our keys."""

@@ -12,6 +12,7 @@ from llmstream.errors import error_body
 from llmstream.store.entry import Entry
 from llmstream.store.follower import Follower
 from llmstream.transcript import Transcript
+from llmstream.types import Failure
 
 
 class _Gathered:
@@ -38,7 +39,7 @@ async def read_whole(request: web.Request, follower: Follower) -> Transcript:
     """Reads a job to its end while the client is there."""
     transcript = Transcript()
 
-    async with Attended(request, follower):
+    async with Attended(request, follower.seat):
         await deliver(follower, _Gathered(transcript))
     note_upstream(request, follower)
     return transcript
@@ -52,6 +53,11 @@ def failed(transcript: Transcript, headers: dict[str, str]) -> web.Response | No
         failure = CANCELLED
     if failure is None:
         return None
+    return ended_badly(failure, headers)
+
+
+def ended_badly(failure: Failure, headers: dict[str, str]) -> web.Response:
+    """The error of a job that was accepted and has no answer."""
     status = 409 if failure.code == "cancelled" else failure.status
     # The job was accepted and has ended: trying the same again is the caller's decision, not their SDK's.
     return web.json_response(error_body(failure), status=status, headers={**headers, "x-should-retry": "false"})
