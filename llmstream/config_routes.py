@@ -59,7 +59,10 @@ class CacheSettings(Section):
 
 class ChatHistorySettings(Section):
     enabled: bool = True
-    """Keeps the conversation of a ``session_id`` that ``/v1/chat`` gets."""
+    """Keeps the conversation of a ``session_id`` that ``/v1/chat`` gets, or another route with ``history: true``."""
+    everywhere: bool = False
+    """The same on ``/chat``, ``/chat/async``, ``/v1/chat/completions`` and ``/v1/chat/stream`` where the request does
+    not say ``history: false``."""
     ttl_seconds: Annotated[float, Field(gt=0)] = 7200.0
     """How long a conversation is kept after its last message; never longer than ``store.retention_s``."""
     max_bytes: Annotated[int, Field(ge=1)] = 256 * 1024

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from llmstream.config import OnCut, OnDisconnect
+from llmstream.config_routes import Multitask
 from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Durability, GenerateRequest, Kind, encode
 
 Number = StrictFloat  # takes whole numbers, too
@@ -30,6 +31,7 @@ SessionId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:@-]{1,128}$")]
 
 EXTENSIONS = frozenset({
     "provider", "priority", "session_id", "deadline_s", "job_id", "on_disconnect", "on_cut", "durability",
+    "history", "multitask",
 })  # fmt: skip
 """Fields of ours in an OpenAI body; upstreams never see them."""
 
@@ -73,6 +75,10 @@ class OpenAIBody(BaseModel):
     """Extension: 10 first, -10 last."""
     session_id: SessionId | None = None
     """Extension: the answer can also be read at ``/stream/{session_id}``."""
+    history: StrictBool | None = None
+    """Extension: the session is a conversation, and what was said in it before is added."""
+    multitask: Multitask | None = None
+    """Extension: what to do while another message of the conversation is being answered."""
     deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None
     """Extension: seconds from now after which the job fails if it is not finished, waiting included."""
     job_id: JobId | None = None
@@ -116,6 +122,8 @@ class ChatBody(BaseModel):
     model: Annotated[StrictStr, Field(min_length=1, max_length=256)] | None = None
     priority: Priority = 0
     session_id: SessionId | None = None
+    history: StrictBool | None = None
+    multitask: Multitask | None = None
     provider: StrictStr | None = None
     deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None
     job_id: JobId | None = None

@@ -56,7 +56,7 @@ async def converse(request: web.Request) -> web.StreamResponse:
     """Answers a conversation, whole or as a stream that can be resumed."""
     body, _ = await read_json(request)
     schema = validate(ServiceChatBody, body)
-    session = Session(schema.session_id, schema.multitask) if schema.session_id is not None else None
+    session = Session(schema.session_id, schema.multitask, schema.history) if schema.session_id is not None else None
     asked, stream = await _ask(request, schema, body, body["messages"], session), schema.stream
     del schema, body  # a stream may be open for hours
     if stream:
