@@ -575,7 +575,7 @@ async def open_gateway(
         if settings.providers:  # what runs here counts by itself
             await tokenizer.open()
         accounts = Accounts(settings.prices, tokenizer)
-        tracing = await stack.enter_async_context(open_tracing(settings.telemetry, replica))
+        tracing = await stack.enter_async_context(open_tracing(settings.telemetry, replica, settings.server.name))
         observer = Observer([model.name for model in router.models], tracing)
         scheduler = Scheduler(
             store,

@@ -210,7 +210,7 @@ def principal_of(request: web.Request) -> Principal:
 
 def served_model(request: web.Request) -> str | None:
     """Who answers a request that names no model; None when the caller knows nobody by name."""
-    named = request.app[GATEWAY].settings.model.name
+    named = request.app[GATEWAY].settings.model.served
     return named or next((model.name for model in caller(request).models), None)
 
 

@@ -29,6 +29,7 @@ async def status(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     return web.json_response(
         {
+            "service": gateway.settings.server.name,
             "status": "healthy" if gateway.unready is None else "unready",
             "model_loaded": bool(gateway.models),
             "model_name": served_model(request),
