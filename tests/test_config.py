@@ -97,6 +97,8 @@ def test_the_more_specific_variable_wins(env: dict[str, str], port: int) -> None
         ("LLM_TEMPERATURE", "0.7", "question.temperature", 0.7),
         ("LLM_MAX_TOKENS", "1000", "question.max_tokens", 1000),
         ("REQUEST_TIMEOUT", "30.0", "question.timeout_s", 30.0),
+        ("BROKER", "redis", "broker.kind", "redis"),
+        ("BROKER", "rabbitmq", "broker.kind", "rabbitmq"),
         ("APP__HOST", "::1", "server.host", "::1"),
         ("APP__PORT", "8001", "server.port", 8001),
         ("MODEL__NAME", "google/gemma-2-2b-it", "model.name", "google/gemma-2-2b-it"),
