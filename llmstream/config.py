@@ -285,6 +285,10 @@ class BreakerSettings(Section):
     """Seconds that it is left alone at first; each time in a row it is for twice as long."""
     max_open_s: Annotated[float, Field(gt=0)] = 120.0
     """Longest time that it is left alone."""
+    wait_s: Annotated[float, Field(ge=0)] | None = 3.0
+    """Seconds that a request whose client waits for the answer waits at most where all its targets are left alone;
+    after that, or at once where it would take longer, it gets 503 with ``Retry-After``. None: as long as it may take,
+    as jobs of ``/chat/async`` do."""
 
 
 class TargetSettings(Section):

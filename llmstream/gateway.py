@@ -23,6 +23,7 @@ from llmstream.errors import (
     ConfigError,
     Conflict,
     ContextLengthExceeded,
+    LLMStreamError,
     ModelNotFound,
     NotFound,
     Overloaded,
@@ -32,6 +33,7 @@ from llmstream.errors import (
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
 from llmstream.providers.tokens import Tokenizer
+from llmstream.routing.gates import NobodyLeft
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router, limits_of
 from llmstream.scheduler.accounts import Accounts
@@ -94,6 +96,8 @@ class Submission(TypedDict, total=False):
     """The job is cancelled once nobody has read it for so long."""
     restarts: bool
     """False: an answer that its model breaks off where it cannot go on fails, and keeps what was said."""
+    patience_s: float | None
+    """Somebody waits for the answer: for so long at most while all its targets are left alone."""
 
 
 class Gateway:
@@ -137,10 +141,10 @@ class Gateway:
         A request whose ``identity`` was accepted before is that job, which may be running or over.
 
         Raises BadRequest or ModelNotFound for what can never run, Overloaded with ``retry_after`` when the queue is
-        full, Conflict when the identity belongs to a different request, ShuttingDown, StoreUnavailable. After an error
-        nothing is left behind.
+        full, Conflict when the identity belongs to a different request, NobodyLeft, ShuttingDown, StoreUnavailable.
+        After an error nothing is left behind.
         """
-        job = await self._admit(request, **given)
+        job = await self._admit(request, identity=identity, **given)
         if in_memory(job.id):
             return self._run_here(job, identity)
         job = await self._duplicates.identify(job, identity)
@@ -150,7 +154,7 @@ class Gateway:
         self, request: GenerateRequest, *, identity: Identity | None = None, **given: Unpack[Submission]
     ) -> tuple[Job, Follower]:
         """Like :meth:`submit`, and reads the job from its beginning; close the follower."""
-        job = await self._admit(request, **given)
+        job = await self._admit(request, identity=identity, **given)
         if in_memory(job.id):
             return job, self.read(self._run_here(job, identity))
         job = await self._duplicates.identify(job, identity)
@@ -394,6 +398,8 @@ class Gateway:
         durability: Durability | None = None,
         grace_s: float | None = None,
         restarts: bool = True,
+        patience_s: float | None = None,
+        identity: Identity | None = None,
     ) -> Job:
         principal = principal or Principal()
         if self._closing:
@@ -410,6 +416,8 @@ class Gateway:
             )
         route = self._router.route(request)
         await route.check(request)
+        if patience_s is not None and (rest_s := self._scheduler.gates.rest_s(route.targets)) > patience_s:
+            await self._refuse_new(identity, principal, NobodyLeft.for_s(rest_s))
         self._store.check(durability)
         now, job_id = self._clock(), new_id(self._clock)
         return Job(
@@ -426,7 +434,13 @@ class Gateway:
             request_id=ORIGIN.get().request_id,
             traceparent=self.observer.traceparent(),
             restarts=restarts,
+            patience_s=patience_s,
         )
+
+    async def _refuse_new(self, identity: Identity | None, principal: Principal, error: LLMStreamError) -> None:
+        """What came before is there to be read, whoever rests now."""
+        if identity is None or not identity.named or not await self.came_before(identity, principal):
+            raise error
 
     def _run_here(self, job: Job, identity: Identity | None) -> Job:
         """Accepts a memory job. Other replicas know nothing of it, so it cannot be found under a name there."""

@@ -93,6 +93,8 @@ class Failure(Struct, frozen=True, omit_defaults=True):
     status: int = 500
     retryable: bool = False
     """Whether the same request may succeed at another time."""
+    retry_after: float | None = None
+    """Seconds after which trying again makes sense, where that is known."""
 
 
 class Started(Struct, frozen=True, tag="started", omit_defaults=True):
@@ -293,6 +295,8 @@ class Job(Struct, frozen=True, omit_defaults=True):
     restarts: bool = True
     """Whether the answer may start over after its model broke off where it cannot go on; otherwise the job fails and
     keeps what was said. After the death of a replica it starts over in any case."""
+    patience_s: float | None = None
+    """Seconds that it waits where all its targets are left alone, before it fails; None: until its deadline."""
 
     @property
     def lane(self) -> Lane:

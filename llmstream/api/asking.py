@@ -80,6 +80,7 @@ async def ask(
             identity=known,
             grace_s=gateway.settings.disconnect.limit(fields.on_disconnect or on_disconnect),
             restarts=fields.on_cut != "fail",
+            patience_s=gateway.settings.breaker.wait_s,
         )
         return Asked(job, follower)
 

@@ -54,7 +54,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     schema, generate, known = await _read(request, gateway)
     session = session_of(request, schema.session_id, schema.history, schema.multitask)
-    submission = _submission(request, gateway, schema)
+    submission = Submission(**_submission(request, gateway, schema), patience_s=gateway.settings.breaker.wait_s)
     if session is None:
         job, follower = await gateway.start(generate, identity=known, **submission)
     else:

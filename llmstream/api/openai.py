@@ -53,6 +53,7 @@ async def answer(request: web.Request, body: dict[str, Any], raw: bytes) -> web.
         durability=schema.durability,
         grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),
         restarts=not schema.stream or (schema.on_cut or gateway.settings.retry.on_cut) == "restart",
+        patience_s=gateway.settings.breaker.wait_s,
     )
     if there is not None:
         job, follower, cached = there
