@@ -34,6 +34,7 @@ from llmstream.errors import (
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
 from llmstream.providers.tokens import Tokenizer
+from llmstream.routing.gates import NobodyLeft
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router, limits_of
 from llmstream.scheduler.accounts import Accounts
@@ -73,10 +74,14 @@ from llmstream.types import (
 )
 
 if TYPE_CHECKING:
+    from llmstream.broker.core import OtherCore
     from llmstream.broker.inbox import Inbox
+    from llmstream.broker.messages import Order
 
 DEFAULT_RETRY_AFTER_S = 1.0
 STORE_RETRY_AFTER_S = 1.0
+MAX_ID = 128
+"""Characters of the ids that other cores take."""
 _PROMPTS: Final[dict[Kind, str]] = {"chat": "messages", "completion": "prompt", "embedding": "input"}
 
 logger = logging.getLogger(__name__)
@@ -99,6 +104,8 @@ class Submission(TypedDict, total=False):
     """Seconds since the epoch before which the job does not begin, by the store's clock."""
     delay_s: float | None
     """The same, in seconds from now."""
+    patience_s: float | None
+    """Somebody waits for the answer: for so long at most while all its targets are left alone."""
 
 
 class Gateway:
@@ -144,10 +151,11 @@ class Gateway:
         A request whose ``identity`` was accepted before is that job, which may be running or over.
 
         Raises BadRequest or ModelNotFound for what can never run, Overloaded with ``retry_after`` when the queue is
-        full, Draining, Conflict when the identity belongs to a different request, ShuttingDown, StoreUnavailable.
+        full, Draining, Conflict when the identity belongs to a different request, NobodyLeft, ShuttingDown,
+        StoreUnavailable.
         After an error nothing is left behind.
         """
-        job = await self._admit(request, **given)
+        job = await self._admit(request, identity=identity, **given)
         if in_memory(job.id):
             return self._run_here(job, identity)
         job = await self._duplicates.identify(job, identity)
@@ -157,7 +165,7 @@ class Gateway:
         self, request: GenerateRequest, *, identity: Identity | None = None, **given: Unpack[Submission]
     ) -> tuple[Job, Follower]:
         """Like :meth:`submit`, and reads the job from its beginning; close the follower."""
-        job = await self._admit(request, **given)
+        job = await self._admit(request, identity=identity, **given)
         if in_memory(job.id):
             return job, self.read(self._run_here(job, identity))
         job = await self._duplicates.identify(job, identity)
@@ -187,6 +195,39 @@ class Gateway:
     async def job(self, job_id: str) -> JobState:
         """The record of a job. Raises NotFound, and Conflict for a memory job of another replica."""
         return await self._store.records(job_id).get(job_id)
+
+    @property
+    def core(self) -> OtherCore | None:
+        """Another core that runs orders in place of this service, where one is configured."""
+        return self.inbox.core if self.inbox is not None else None
+
+    async def order(
+        self, order: Order, identity: Identity | None, principal: Principal, deadline_s: float | None
+    ) -> tuple[str, bytes]:
+        """Lets the other core run an order: the id it has there, and the result.
+
+        Raises what :meth:`OtherCore.ask` raises, and like :meth:`submit` for what may not be asked for.
+        """
+        assert self.core is not None
+        if self._closing:
+            raise ShuttingDown("This replica is shutting down; try again, another one will answer.", retry_after=1)
+        request = order.request("", {})
+        _refuse_long_prompt(request, self.settings.security.max_prompt_chars)
+        if principal.models is not None and not principal.may_use(request.model):
+            raise ModelNotFound(
+                f"This API key has no model {order.meta.model!r}; say one of its models with meta.model.",
+                param="meta.model",
+            )
+        job = Job(order.job_id, request, pool="", created_at=self._clock(), principal=principal.id)
+        job = await self._duplicates.identify(job, identity)
+        if len(job.id) > MAX_ID:
+            raise BadRequest(
+                f"job_id is too long: with the key's name it may have {MAX_ID} characters.", param="job_id"
+            )
+        try:
+            return job.id, await self.core.ask(replace(order, job_id=job.id), deadline_s)
+        except Conflict:
+            raise identity.conflict() if identity is not None else Conflict("The order's id is taken.") from None
 
     async def transcript(self, job_id: str) -> Transcript:
         """The answer so far, read from the log."""
@@ -384,6 +425,8 @@ class Gateway:
         restarts: bool = True,
         not_before: float | None = None,
         delay_s: float | None = None,
+        patience_s: float | None = None,
+        identity: Identity | None = None,
     ) -> Job:
         principal = principal or Principal()
         if self._closing:
@@ -400,6 +443,8 @@ class Gateway:
             )
         route = self._router.route(request)
         await route.check(request)
+        if patience_s is not None and (rest_s := self._scheduler.gates.rest_s(route.targets)) > patience_s:
+            await self._refuse_new(identity, principal, NobodyLeft.for_s(rest_s))
         self._store.check(durability)
         now, job_id = self._clock(), new_id(self._clock)
         if not_before is not None or delay_s is not None:
@@ -426,6 +471,7 @@ class Gateway:
             traceparent=self.observer.traceparent(),
             restarts=restarts,
             not_before=not_before,
+            patience_s=patience_s,
         )
 
     def _later(
@@ -449,6 +495,11 @@ class Gateway:
                 param=param,
             )
         return now + delay_s if not_before is None else not_before
+
+    async def _refuse_new(self, identity: Identity | None, principal: Principal, error: LLMStreamError) -> None:
+        """What came before is there to be read, whoever rests now."""
+        if identity is None or not identity.named or not await self.came_before(identity, principal):
+            raise error
 
     def _run_here(self, job: Job, identity: Identity | None) -> Job:
         """Accepts a memory job. Other replicas know nothing of it, so it cannot be found under a name there."""
@@ -625,7 +676,7 @@ async def open_gateway(
         if settings.providers:  # what runs here counts by itself
             await tokenizer.open()
         accounts = Accounts(settings.prices, tokenizer)
-        tracing = await stack.enter_async_context(open_tracing(settings.telemetry, replica))
+        tracing = await stack.enter_async_context(open_tracing(settings.telemetry, replica, settings.server.name))
         observer = Observer([model.name for model in router.models], tracing)
         scheduler = Scheduler(
             store,

@@ -94,6 +94,8 @@ class Failure(Struct, frozen=True, omit_defaults=True):
     status: int = 500
     retryable: bool = False
     """Whether the same request may succeed at another time."""
+    retry_after: float | None = None
+    """Seconds after which trying again makes sense, where that is known."""
 
 
 class Started(Struct, frozen=True, tag="started", omit_defaults=True):
@@ -356,6 +358,8 @@ class Job(Struct, frozen=True, omit_defaults=True):
     keeps what was said. After the death of a replica it starts over in any case."""
     not_before: float | None = None
     """Seconds since the epoch, by the store's clock, before which no attempt begins."""
+    patience_s: float | None = None
+    """Seconds that it waits where all its targets are left alone, before it fails; None: until its deadline."""
 
     @property
     def delay_s(self) -> float:

@@ -321,6 +321,7 @@ class ServiceHealth(TypedDict):
 
 
 class ServiceStatus(TypedDict):
+    service: str
     status: Literal["healthy", "unready"]
     model_loaded: bool
     model_name: str | None
