@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from llmstream.access.access import Access, open_access
 from llmstream.cache import Cache
 from llmstream.config import Settings
+from llmstream.config_webhooks import NOTHING_SIGNS
 from llmstream.duplicates import Duplicates, Identity
 from llmstream.errors import (
     BadRequest,
@@ -64,12 +65,14 @@ from llmstream.types import (
     ModelInfo,
     Principal,
     Restart,
+    Webhook,
     new_id,
     own_id,
 )
 
 if TYPE_CHECKING:
     from llmstream.broker.inbox import Inbox
+    from llmstream.webhooks.webhooks import Webhooks
 
 DEFAULT_RETRY_AFTER_S = 1.0
 STORE_RETRY_AFTER_S = 1.0
@@ -90,6 +93,8 @@ class Submission(TypedDict, total=False):
     """The job is cancelled once nobody has read it for so long."""
     restarts: bool
     """False: an answer that its model breaks off where it cannot go on fails, and keeps what was said."""
+    webhook: Webhook | None
+    """Who is to be told of its end, beside the receivers of the configuration."""
 
 
 class Gateway:
@@ -120,6 +125,8 @@ class Gateway:
         self.cache = Cache(store, settings.cache, settings.store.retention_s)
         self.inbox: Inbox | None = None
         """The way through RabbitMQ, where that is configured."""
+        self.webhooks: Webhooks | None = None
+        """Who tells others of the end of jobs, where that is configured."""
         self._duplicates = Duplicates(
             store, key_s=settings.store.retention_s, retry_window_s=settings.server.retry_window_s
         )
@@ -223,6 +230,8 @@ class Gateway:
         if not in_memory(job_id):
             # Also when it had ended before: the answer to an earlier call may have been lost half-way.
             await self._lanes(state.job.pool).remove(job_id)
+            if self.webhooks is not None and state.job.receivers:
+                self.webhooks.wake()
             if self._posting is not None:
                 self._posting.over(job_id)
         return state
@@ -250,6 +259,7 @@ class Gateway:
             deadline_s=deadline_s,
             durability=old.durability,
             restarts=old.restarts,
+            webhook=old.webhook,
         )
         name = digest("requeue", old.id)
         new_id = await self._store.repeats.point(name, job.id, self.settings.store.retention_s)
@@ -357,6 +367,7 @@ class Gateway:
         durability: Durability | None = None,
         grace_s: float | None = None,
         restarts: bool = True,
+        webhook: Webhook | None = None,
     ) -> Job:
         principal = principal or Principal()
         if self._closing:
@@ -374,6 +385,7 @@ class Gateway:
         route = self._router.route(request)
         await route.check(request)
         self._store.check(durability)
+        receivers = self._receivers(principal, webhook, durability)
         now, job_id = self._clock(), new_id(self._clock)
         return Job(
             id=self._store.memory.name(job_id) if durability == "memory" else job_id,
@@ -389,7 +401,17 @@ class Gateway:
             request_id=ORIGIN.get().request_id,
             traceparent=self.observer.traceparent(),
             restarts=restarts,
+            webhook=webhook,
+            receivers=receivers,
         )
+
+    def _receivers(self, principal: Principal, webhook: Webhook | None, durability: Durability) -> tuple[str, ...]:
+        """Who is to be told of a job's end."""
+        if self.webhooks is not None:
+            return self.webhooks.receivers.choose(principal, webhook, durability)
+        if webhook is None:
+            return ()
+        raise BadRequest(NOTHING_SIGNS, param="webhook")
 
     def _run_here(self, job: Job, identity: Identity | None) -> Job:
         """Accepts a memory job. Other replicas know nothing of it, so it cannot be found under a name there."""
@@ -430,7 +452,7 @@ class Gateway:
                     raise await self._overloaded(lanes)
             if job.session_id is not None:
                 await self._store.jobs.join_session(job.session_id, job)
-        self._store.recent.remember(lambda: self._enqueue_again(job, expected, unread_s), created.size)
+        self._store.recent.remember(lambda: self._accept_again(job, expected, unread_s), created.size)
         self._scheduler.kick(job.pool)
         if new:
             self.observer.accepted(job)
@@ -448,6 +470,13 @@ class Gateway:
         if created.status not in TERMINAL:
             await self._lanes(job.pool).push(job, unread_s, wake=not self._scheduler.takes(job.pool), again=True)
         return created
+
+    async def _accept_again(self, job: Job, expected: Lease, unread_s: float | None) -> None:
+        """For a store that comes back without its last moments."""
+        created = await self._enqueue_again(job, expected, unread_s)
+        if created is not None and created.status in TERMINAL and job.receivers:
+            # Its end was written again, but it went through no queue that would lead to those who were to hear of it.
+            await self._store.outbox(job.pool).send_again(job.id, job.receivers)
 
     @property
     def _posting(self) -> Inbox | None:
@@ -556,10 +585,24 @@ async def open_gateway(
         await scheduler.open()
         access = await open_access(settings, store, clock)
         gateway = Gateway(settings, store, router, scheduler, clock, observer, access)
+        if settings.announces:
+            gateway.webhooks = await stack.enter_async_context(_open_webhooks(gateway, store, clock))
+            scheduler.on_announced = gateway.webhooks.wake
         if settings.broker.kind == "rabbitmq":
             gateway.inbox = await stack.enter_async_context(_open_inbox(gateway, store, scheduler))
         try:
             yield gateway
+        finally:
+            await gateway.close()
+
+
+@asynccontextmanager
+async def _open_webhooks(gateway: Gateway, store: Store, clock: Clock) -> AsyncIterator[Webhooks]:
+    from llmstream.webhooks.webhooks import open_webhooks
+
+    async with open_webhooks(gateway.settings, store, gateway.observer, clock) as webhooks:
+        try:
+            yield webhooks
         finally:
             await gateway.close()
 

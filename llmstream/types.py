@@ -266,6 +266,19 @@ def scopes_upto(scopes: Iterable[Scope]) -> tuple[Scope, ...]:
     return SCOPES[: max((SCOPES.index(scope) + 1 for scope in scopes), default=0)]
 
 
+class Webhook(Struct, frozen=True, omit_defaults=True):
+    """Where the end of a job is to be told."""
+
+    url: str
+    events: tuple[str, ...] | None = None
+    """The types of events that are wanted, such as ``response.completed``; None: all."""
+    include_text: bool = True
+
+
+REQUESTED = "request"
+"""The receiver that the request itself names; configured ones have names of their own."""
+
+
 class Job(Struct, frozen=True, omit_defaults=True):
     """One accepted generation: everything that is known and fixed from the moment of submission."""
 
@@ -293,6 +306,10 @@ class Job(Struct, frozen=True, omit_defaults=True):
     restarts: bool = True
     """Whether the answer may start over after its model broke off where it cannot go on; otherwise the job fails and
     keeps what was said. After the death of a replica it starts over in any case."""
+    webhook: Webhook | None = None
+    """What the request says about telling its end."""
+    receivers: tuple[str, ...] = ()
+    """Who hears of its end: names of configured receivers, and ``REQUESTED`` for ``webhook``."""
 
     @property
     def lane(self) -> Lane:

@@ -11,6 +11,7 @@ from llmstream.api.access import EVERYBODY, PRINCIPAL, caller
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
 from llmstream.api.native_schemas import JobFields
+from llmstream.api.schemas import named_webhook
 from llmstream.config_routes import Multitask
 from llmstream.conversations import Conversations
 from llmstream.duplicates import Identity
@@ -61,7 +62,7 @@ async def ask(
     """
     gateway = request.app[GATEWAY]
     known = identity(request, fields.job_id, body)
-    if cacheable and session is None:
+    if cacheable and session is None and fields.webhook is None:  # of a cached answer nobody would be told
         there, known = await reuse(request, generate, known, fields.durability)
         if there is not None:
             return there
@@ -77,6 +78,7 @@ async def ask(
             identity=known,
             grace_s=gateway.settings.disconnect.limit(fields.on_disconnect or on_disconnect),
             restarts=fields.on_cut != "fail",
+            webhook=named_webhook(fields.webhook),
         )
         return Asked(job, follower)
 

@@ -15,7 +15,7 @@ from llmstream.api.body import read_json, validate
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
 from llmstream.api.render import ChatFormat, chat_completion, completion_id
-from llmstream.api.schemas import ChatCompletionBody, openai_request
+from llmstream.api.schemas import ChatCompletionBody, named_webhook, openai_request
 from llmstream.api.sse import position, serve
 from llmstream.api.whole import failed, read_whole
 from llmstream.errors import BadRequest, ModelNotFound, NotFound
@@ -42,7 +42,8 @@ async def answer(request: web.Request, body: dict[str, Any], raw: bytes) -> web.
     disconnect = gateway.settings.disconnect
     generate, known = openai_request("chat", schema, body, raw), identity(request, schema.job_id, body)
     there: Asked | None = None
-    if gateway.settings.cache.covers_all and schema.session_id is None:
+    # Of a cached answer nobody would be told.
+    if gateway.settings.cache.covers_all and schema.session_id is None and schema.webhook is None:
         there, known = await reuse(request, generate, known, schema.durability)
     job, follower, cached = there or Asked(
         *await gateway.start(
@@ -55,6 +56,7 @@ async def answer(request: web.Request, body: dict[str, Any], raw: bytes) -> web.
             identity=known,
             grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),
             restarts=not schema.stream or (schema.on_cut or gateway.settings.retry.on_cut) == "restart",
+            webhook=named_webhook(schema.webhook),
         )
     )
     headers, stream = {**_headers(request, job), **(CACHED if cached else {})}, schema.stream

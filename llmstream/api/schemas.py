@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -20,7 +21,8 @@ from pydantic import (
 from pydantic.config import JsonDict
 
 from llmstream.config import OnCut, OnDisconnect
-from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Durability, GenerateRequest, Kind, encode
+from llmstream.config_webhooks import EventType
+from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Durability, GenerateRequest, Kind, Webhook, encode
 
 Number = StrictFloat  # takes whole numbers, too
 Tokens = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
@@ -30,9 +32,26 @@ JobId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 SessionId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:@-]{1,128}$")]
 
 EXTENSIONS = frozenset({
-    "provider", "priority", "session_id", "deadline_s", "job_id", "on_disconnect", "on_cut", "durability",
+    "provider", "priority", "session_id", "deadline_s", "job_id", "on_disconnect", "on_cut", "durability", "webhook",
 })  # fmt: skip
 """Fields of ours in an OpenAI body; upstreams never see them."""
+
+
+class WebhookBody(BaseModel):
+    """Who is to be told of the job's end; an URL alone stands for the first field."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: StrictStr
+    events: Annotated[list[EventType], Field(min_length=1)] | None = None
+    include_text: StrictBool = True
+
+    @property
+    def named(self) -> Webhook:
+        return Webhook(self.url, None if self.events is None else tuple(self.events), self.include_text)
+
+
+Hook = Annotated[WebhookBody, BeforeValidator(lambda given: {"url": given} if isinstance(given, str) else given)]
 
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -84,6 +103,8 @@ class OpenAIBody(BaseModel):
     """Extension: what becomes of a streamed answer that its model breaks off where it cannot go on."""
     durability: Durability | None = None
     """Extension: when an event counts as logged."""
+    webhook: Hook | None = None
+    """Extension: who is to be told of the job's end."""
 
     @field_validator("stream_options")
     @classmethod
@@ -143,6 +164,8 @@ class ChatBody(BaseModel):
     """What becomes of an answer that its model breaks off where it cannot go on."""
     durability: Durability | None = None
     """When an event counts as logged."""
+    webhook: Hook | None = None
+    """Who is to be told of the job's end: a URL, or one with what is wanted there."""
     max_tokens: Tokens | None = None
     """Longest answer."""
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
@@ -152,6 +175,10 @@ class ChatBody(BaseModel):
         if (self.message is None) == (self.messages is None):
             raise ValueError("give either 'message' (a string) or 'messages' (a conversation)")
         return self
+
+
+def named_webhook(hook: WebhookBody | None) -> Webhook | None:
+    return hook.named if hook is not None else None
 
 
 def openai_request(kind: Kind, schema: OpenAIBody, body: dict[str, Any], raw: bytes) -> GenerateRequest:

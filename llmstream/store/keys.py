@@ -27,6 +27,10 @@
 {prefix}:pools              zset    every pool -> its last heartbeat by any replica
 {prefix}:{q:POOL}:unread    zset    jobs that end without readers -> when to look for these again
 {prefix}:{q:POOL}:dead      zset    jobs that failed after all their attempts, by the time of it
+{prefix}:{q:POOL}:hooked    hash    job -> who is to hear of its end, while it waits or runs
+{prefix}:{q:POOL}:outbox    zset    job|receiver of each event to be delivered -> when to try, or when its lease ends
+{prefix}:{q:POOL}:tries     hash    the same -> how often it was tried and what came of it
+{prefix}:{q:POOL}:undelivered  zset events that were given up, by the time of it
 {prefix}:{n:NUMBER}:probe   string  written to see whether a server takes writes; numbers spread over a cluster
 {prefix}:{t:TARGET}:window  hash    requests and tokens of the last minute by slice of time, and their sums
 {prefix}:{t:TARGET}:holds   hash    replica|try -> slice it was counted in|tokens reserved|number: its slot
@@ -69,7 +73,10 @@ QUEUE_PARTS = (
     "stats",
     "unread",
     "dead",
+    "hooked",
+    "outbox",
 )
+OUTBOX_PARTS = ("outbox", "tries", "undelivered")
 BUDGET_PARTS = ("window", "holds", "leases", "line", "asked")
 
 
@@ -127,6 +134,11 @@ class Keys:
         """The keys of one pool's queue, in the order of ``QUEUE_PARTS``."""
         tag = f"{self._prefix}:{{q:{quote(pool, safe='')}}}"
         return tuple(f"{tag}:{part}" for part in QUEUE_PARTS)
+
+    def outbox(self, pool: str) -> tuple[str, ...]:
+        """The keys of one pool's deliveries, in the order of ``OUTBOX_PARTS``."""
+        tag = f"{self._prefix}:{{q:{quote(pool, safe='')}}}"
+        return tuple(f"{tag}:{part}" for part in OUTBOX_PARTS)
 
     def budget(self, target: str) -> tuple[str, ...]:
         """The keys of one target's limits, in the order of ``BUDGET_PARTS``."""

@@ -24,6 +24,7 @@ from llmstream.types import LANES, MAX_PRIORITY, Job, Lane, lane_of
 DEAD_LETTERS = 1000
 """How many are kept for each pool."""
 _UNLIMITED = 2**53
+ANNOUNCED = 2
 
 _NAMES = "\n".join(f"local {name} = KEYS[{index}]" for index, name in enumerate(QUEUE_PARTS, 1))
 _PRELUDE = (
@@ -53,6 +54,15 @@ local function forget_waiting(id)
   redis.call('ZREM', ages, id)
   redis.call('ZREM', deadlines, id)
 end
+-- Puts the events that tell of a job's end into the outbox, in the step that takes it off the queue: a claim that was
+-- not settled comes back to somebody, so none is lost.
+local function announce(id, now)
+  local names = redis.call('HGET', hooked, id)
+  if not names then return 0 end
+  redis.call('HDEL', hooked, id)
+  for name in string.gmatch(names, '[^,]+') do redis.call('ZADD', outbox, 'NX', fmt(now), id .. '|' .. name) end
+  return 1
+end
 local function requeue(id)
   local m = redis.call('HGET', meta, id)
   redis.call('HDEL', claims, id)
@@ -71,7 +81,7 @@ _PUSH = Script(
     _PRELUDE
     + """
 -- ARGV id, level, principal, max waiting, ttl_ms, deadline_ms or '', retention_ms, wake channel or '', pool,
--- look for readers after (ms) or ''
+-- look for readers after (ms) or '', who hears of its end or ''
 local id, level, who = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 if redis.call('HEXISTS', meta, id) == 1 then return {1} end
 local waiting = redis.call('ZCARD', order)
@@ -86,6 +96,10 @@ redis.call('ZADD', ages, fmt(level * B + now), id)
 redis.call('HSET', meta, id, level .. '|' .. fmt(now) .. '|' .. who .. '|' .. ARGV[6] .. '|' .. fmt(turn))
 if ARGV[6] ~= '' then redis.call('ZADD', deadlines, ARGV[6], id) end
 if ARGV[10] ~= '' then redis.call('ZADD', unread, fmt(now + ARGV[10]), id) end
+if ARGV[11] ~= '' then
+  redis.call('HSET', hooked, id, ARGV[11])
+  keep(ARGV[5], {hooked})
+end
 redis.call('ZADD', index, fmt(now), id)
 redis.call('ZREMRANGEBYSCORE', index, '-inf', fmt(now - ARGV[7]))
 keep(ARGV[5], {order, ages, meta, turns, index, deadlines, unread})
@@ -161,9 +175,9 @@ _RECLAIM = Script(
     _PRELUDE
     + """
 -- ARGV replica, lease_ms, ttl_ms, then of each running job whose claim was lost: id, what makes its meta, after how
--- many ms to look for its readers or '', number of the claim.
+-- many ms to look for its readers or '', number of the claim, who hears of its end or ''.
 local now = now_ms()
-for i = 4, #ARGV, 4 do
+for i = 4, #ARGV, 5 do
   local id = ARGV[i]
   if redis.call('HEXISTS', claims, id) == 0 then
     if redis.call('HEXISTS', meta, id) == 0 then
@@ -171,6 +185,7 @@ for i = 4, #ARGV, 4 do
       redis.call('HSET', meta, id, part[1] .. '|' .. fmt(now) .. '|' .. part[2] .. '|' .. part[3] .. '|0')
       redis.call('ZADD', index, 'NX', fmt(now), id)
       if ARGV[i + 2] ~= '' then redis.call('ZADD', unread, fmt(now + ARGV[i + 2]), id) end
+      if ARGV[i + 4] ~= '' then redis.call('HSET', hooked, id, ARGV[i + 4]) end
     end
     forget_waiting(id)
     redis.call('HSET', claims, id, ARGV[1] .. '|' .. fmt(now) .. '|' .. ARGV[i + 3])
@@ -188,7 +203,7 @@ _SETTLE = Script(
     + """
 -- ARGV id, replica, ttl_ms, 1 for a dead letter, retention_ms, dead letters kept, number of the claim.
 -- The job needs no more work; its service time goes into the measured rate. Only the claim it was found under is meant:
--- a job that the store had lost may have come back and been claimed again since.
+-- a job that the store had lost may have come back and been claimed again since. 2: somebody is to hear of it.
 local claim = redis.call('HGET', claims, ARGV[1])
 if not claim then return 0 end
 local part = split(claim)
@@ -207,8 +222,9 @@ local took = now - part[2]
 local mean = tonumber(redis.call('HGET', stats, 'service_ms') or took)
 redis.call('HSET', stats, 'service_ms', string.format('%.3f', mean + (took - mean) * 0.1))
 redis.call('HINCRBY', stats, 'served', 1)
-keep(ARGV[3], {stats})
-return 1
+local announced = announce(ARGV[1], now)
+keep(ARGV[3], announced == 1 and {stats, outbox} or {stats})
+return 1 + announced
 """,
 )
 
@@ -238,6 +254,7 @@ redis.call('PEXPIRE', cancels, ARGV[2])
 redis.call('ZREM', unread, ARGV[1])
 if redis.call('HEXISTS', claims, ARGV[1]) == 1 then return 0 end
 forget_waiting(ARGV[1])
+if announce(ARGV[1], now) == 1 then keep(ARGV[2], {outbox}) end
 return redis.call('HDEL', meta, ARGV[1])
 """,
 )
@@ -443,6 +460,7 @@ class Lanes:
             self._wake if wake else "",
             self.pool,
             "" if unread_s is None else int(unread_s * 1000),
+            ",".join(job.receivers),
         )
         return bool(reply[0])
 
@@ -478,14 +496,15 @@ class Lanes:
         known: list[Arg] = []
         for job, claim in jobs:
             unread_ms = "" if job.grace_s is None else int(job.grace_s * 1000)
-            known += job.id, "|".join(map(str, _meta(job))), unread_ms, claim
+            known += job.id, "|".join(map(str, _meta(job))), unread_ms, claim, ",".join(job.receivers)
         await self._pipeline.run(_RECLAIM, self._keys, replica, self._lease_ms, self._ttl_ms, *known)
 
     def settle(self, job_id: str, replica: str, claim: int, *, dead: bool = False) -> asyncio.Future[Any]:
         """Gives back claim number ``claim`` of a job that needs no more work; ``dead`` notes it as one that may be
         requeued.
 
-        What is asked of this queue after the call comes after it, so nobody needs to wait for the future.
+        What is asked of this queue after the call comes after it, so nobody needs to wait for the future, which brings
+        ``ANNOUNCED`` when somebody is to hear of the job's end.
         """
         limits = (self._retention_ms, DEAD_LETTERS)
         return self._pipeline.run(_SETTLE, self._keys, job_id, replica, self._ttl_ms, int(dead), *limits, claim)
