@@ -229,7 +229,9 @@ class Gateway:
         state = await self.job(job_id)
         if not in_memory(job_id):
             # Also when it had ended before: the answer to an earlier call may have been lost half-way.
-            await self._lanes(state.job.pool).remove(job_id)
+            # Between its record and its place in line nobody knows of it but whoever asks for its end.
+            unseen = state.status == "cancelled" and state.attempt == 0
+            await self._lanes(state.job.pool).remove(job_id, state.job.receivers if unseen else ())
             if self.webhooks is not None and state.job.receivers:
                 self.webhooks.wake()
             if self._posting is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from llmstream.store.connection import Arg
@@ -246,7 +246,8 @@ _REMOVE = Script(
     "remove",
     _PRELUDE
     + """
--- ARGV id, ttl_ms. Takes a cancelled job out; a running one stays claimed until its owner lets go.
+-- ARGV id, ttl_ms, who hears of the end of a job that may have ended before it came into line, or ''.
+-- Takes a cancelled job out; a running one stays claimed until its owner lets go.
 local now = now_ms()
 redis.call('ZADD', cancels, fmt(now), ARGV[1])
 redis.call('ZREMRANGEBYSCORE', cancels, '-inf', fmt(now - 60000))
@@ -254,8 +255,10 @@ redis.call('PEXPIRE', cancels, ARGV[2])
 redis.call('ZREM', unread, ARGV[1])
 if redis.call('HEXISTS', claims, ARGV[1]) == 1 then return 0 end
 forget_waiting(ARGV[1])
+local waited = redis.call('HDEL', meta, ARGV[1])
+if waited == 0 and ARGV[3] ~= '' then redis.call('HSET', hooked, ARGV[1], ARGV[3]) end
 if announce(ARGV[1], now) == 1 then keep(ARGV[2], {outbox}) end
-return redis.call('HDEL', meta, ARGV[1])
+return waited
 """,
 )
 
@@ -523,9 +526,10 @@ class Lanes:
         channel = self._wake if wake else ""
         await self._pipeline.run(_RELEASE, self._keys, job_id, replica, self._ttl_ms, channel, self.pool)
 
-    async def remove(self, job_id: str) -> bool:
-        """Takes a job that has ended out of the line; True when it was still waiting."""
-        return bool(await self._pipeline.run(_REMOVE, self._keys, job_id, self._ttl_ms))
+    async def remove(self, job_id: str, receivers: Sequence[str] = ()) -> bool:
+        """Takes a job that has ended out of the line; True when it was still waiting. ``receivers`` hear of the end
+        of one that never came into line."""
+        return bool(await self._pipeline.run(_REMOVE, self._keys, job_id, self._ttl_ms, ",".join(receivers)))
 
     async def heartbeat(self, replica: str, slots: int, lease_s: float, cancelled_since_ms: int) -> Pulse:
         """Renews the lease of all claims of a replica and takes back those of lapsed ones."""

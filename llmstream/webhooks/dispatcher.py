@@ -31,8 +31,8 @@ BUSY_HOST_S = 2.0
 """How long an event waits, at least, whose host has all the requests it may have; at most twice as long."""
 LATER_S = 10.0
 """How long one waits that cannot be sent from here now."""
-LEASE_MARGIN_S = 15.0
-"""What reading a job and noting an outcome may take beside the request."""
+LEASE_MARGIN_S = 5.0
+"""What reading a job and noting an outcome may take beside the request; the rest is spare."""
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Dispatcher:
 
     async def _deliver(self, outbox: Outbox, delivery: Delivery) -> None:
         try:
-            async with asyncio.timeout(self._lease_s - LEASE_MARGIN_S / 3):
+            async with asyncio.timeout(self._lease_s - LEASE_MARGIN_S / 5):
                 parcel = await self._prepare(outbox, delivery)
                 if parcel is not None:
                     await self._send(outbox, delivery, parcel)

@@ -84,8 +84,7 @@ class Reach:
         if port != HTTPS_PORT and port < FIRST_FREE_PORT:
             raise _refused(f"names port {port}; 443 and those from {FIRST_FREE_PORT} on are allowed")
         address, labels = _literal(host), host.lower().rstrip(".").split(".")
-        private = len(labels) < 2 or labels[-1] in _PRIVATE_NAMES if address is None else not is_public(address)
-        if private:
+        if _is_private_name(labels) if address is None else not is_public(address):
             raise _refused("names a host that is not public; webhooks.allow in the configuration may name it")
 
 
@@ -103,6 +102,10 @@ def _inside(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     teredo = address.teredo
     return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo else None)
+
+
+def _is_private_name(labels: list[str]) -> bool:
+    return len(labels) < 2 or labels[-1] in _PRIVATE_NAMES or not labels[-1][:1].isalpha()
 
 
 def _literal(host: str) -> Address | None:

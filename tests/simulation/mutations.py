@@ -134,6 +134,23 @@ MUTATIONS = {
     "lapse of a lease": Mutation(lanes._HEARTBEAT, "then taken = taken + requeue(all[i]) end", "then end"),
     "only the lapsed": Mutation(lanes._HEARTBEAT, "if split(all[i + 1])[1] == lapsed then", "if true then"),
     "comparing claims": Mutation(Scheduler._beat, "await self._reconcile(pool)", "pass"),
+    # the outbox
+    "telling of a settled job": Mutation(
+        lanes._SETTLE, "local announced = announce(ARGV[1], now)", "local announced = 0"
+    ),
+    "telling of a removed job": Mutation(lanes._REMOVE, "if announce(ARGV[1], now) == 1 then", "if false then"),
+    "telling of a job that never came into line": Mutation(
+        lanes._REMOVE, "if waited == 0 and ARGV[3] ~= '' then", "if false then"
+    ),
+    "telling of a restored job": Mutation(
+        Gateway._accept_again, "created.status in TERMINAL and job.receivers", "False", world=FORGETS
+    ),
+    "telling of a reclaimed job": Mutation(
+        lanes._RECLAIM,
+        "if ARGV[i + 4] ~= '' then redis.call('HSET', hooked, id, ARGV[i + 4]) end",
+        world=FORGETS,
+        rare=True,
+    ),
     # a store that comes back without its last writes
     "restoring a log": Mutation(Writer._command, "if self._life != self._presence.life:", "if False:", world=FORGETS),
     "restoring a closed log": Mutation(
@@ -155,7 +172,7 @@ MUTATIONS = {
     ),
     "submitting again": Mutation(
         Gateway._enqueue,
-        "self._store.recent.remember(lambda: self._enqueue_again(job, expected, unread_s), created.size)",
+        "self._store.recent.remember(lambda: self._accept_again(job, expected, unread_s), created.size)",
         "pass",
         world=FORGETS,
     ),

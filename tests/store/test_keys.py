@@ -23,7 +23,8 @@ def test_a_job_lives_in_one_slot(job_id: str) -> None:
 @given(pool=names)
 def test_a_queue_lives_in_one_slot(pool: str) -> None:
     """All keys of a pool share a hash slot, whatever the pool is called."""
-    assert len({key_slot(key.encode()) for key in KEYS.queue(pool)}) == 1
+    assert len({key_slot(key.encode()) for key in (*KEYS.queue(pool), *KEYS.outbox(pool))}) == 1
+    assert KEYS.outbox(pool)[0] in KEYS.queue(pool)
 
 
 @given(target=names, other=names)
