@@ -18,6 +18,7 @@ from llmstream.config import Settings
 from llmstream.gateway import Gateway, open_gateway
 from llmstream.server import Server
 from llmstream.types import GenerateRequest, Webhook
+from llmstream.webhooks import dispatcher
 from tests.api.reading import Json, finished, status, submit
 from tests.conftest import assert_every_key_expires, echo_settings
 from tests.scrape import scrape
@@ -101,18 +102,34 @@ ROUTES: dict[str, Json] = {
 }
 
 
-async def test_every_route_that_makes_a_job_takes_it(service: Service, receiver: Receiver) -> None:
+async def test_every_route_that_makes_a_job_takes_it(tmp_path: Path, receiver: Receiver) -> None:
     """Asking twice makes two jobs also where answers are cached, since of a cached one nobody would be told."""
-    _, http = service
     made = []
-    for path, body in ROUTES.items():
-        for _ in range(2):
-            async with http.post(path, json={**body, "webhook": {"url": receiver.url}}) as response:
-                assert response.status in (200, 202), await response.text()
-                await response.read()
-                made.append(response.headers["x-job-id"])
-    assert len(set(made)) == len(made)
-    await wait_until(lambda: {event["data"]["id"] for event in receiver.events} == set(made))
+    async with serving(hook_settings(tmp_path, cache={"everywhere": True})) as (_, http):
+        for path, body in ROUTES.items():
+            for _ in range(2):
+                async with http.post(path, json={**body, "webhook": {"url": receiver.url}}) as response:
+                    assert response.status in (200, 202), await response.text()
+                    await response.read()
+                    made.append(response.headers["x-job-id"])
+        assert len(set(made)) == len(made)
+        await wait_until(lambda: {event["data"]["id"] for event in receiver.events} == set(made))
+
+
+async def test_nobody_waits_for_the_next_look(
+    tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event is sent as soon as its job has ended, by itself or by a cancellation, or somebody wants it again."""
+    monkeypatch.setattr(dispatcher, "POLL_S", 3600.0)
+    async with serving(hook_settings(tmp_path, models={"echo": {"engine": "echo", "slots": 1}})) as (_, http):
+        job = await submit(http, webhook=receiver.url)
+        await wait_until(lambda: len(receiver.events) == 1)
+        await submit(http, echo={"tokens": 9, "fault": "stall", "at": 1})
+        waiting = await submit(http, webhook=receiver.url)
+        await http.delete(f"/chat/{waiting['task_id']}")
+        await wait_until(lambda: bool(receiver.of(waiting["task_id"])))
+        await http.post(f"/webhooks/deliveries/{job['task_id']}/retry")
+        await wait_until(lambda: len(receiver.of(job["task_id"])) == 2)
 
 
 WRONG: list[tuple[object, str]] = [
