@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from llmstream.store import keys as module
-from llmstream.store.keys import BUDGET_PARTS, QUEUE_PARTS, Keys
+from llmstream.store.keys import BUDGET_PARTS, OUTBOX_PARTS, QUEUE_PARTS, Keys
 
 KEYS = Keys("llmstream")
 names = st.text(min_size=1, max_size=40)
@@ -59,6 +59,13 @@ def test_names_do_not_collide(one: str, other: str) -> None:
 @pytest.mark.parametrize("part", QUEUE_PARTS)
 def test_every_part_is_explained(part: str) -> None:
     """The module's docstring names every key of a queue."""
+    assert module.__doc__ is not None
+    assert f"{{q:POOL}}:{part} " in module.__doc__
+
+
+@pytest.mark.parametrize("part", OUTBOX_PARTS)
+def test_every_part_of_an_outbox_is_explained(part: str) -> None:
+    """The module's docstring names every key of a pool's deliveries."""
     assert module.__doc__ is not None
     assert f"{{q:POOL}}:{part} " in module.__doc__
 
