@@ -503,11 +503,11 @@ class Gateway:
             await self._store.jobs.discard(job.id)
             raise
 
-    async def _admit_order(self, request: GenerateRequest, priority: int) -> Job:
+    async def _admit_order(self, request: GenerateRequest, priority: int, webhook: Webhook | None) -> Job:
         """What somebody posted to RabbitMQ: never a memory job, as others have to find it."""
         await self._store.presence.recovered()
         durability: Durability = "fsync" if self.settings.store.durability == "fsync" else "full"
-        return await self._admit(request, priority=priority, durability=durability)
+        return await self._admit(request, priority=priority, durability=durability, webhook=webhook)
 
     async def _take_job(self, job: Job) -> Created | None:
         """Puts a job from RabbitMQ on record and in line, whichever of both is still to be done."""
