@@ -45,6 +45,14 @@ class WebhookSettings(Section):
 
     _lists = field_validator("allow", mode="before")(comma_separated)
 
+    @field_validator("allow")
+    @classmethod
+    def _hosts_or_networks(cls, allow: list[str]) -> list[str]:
+        for entry in allow:
+            if not re.fullmatch(r"[A-Za-z0-9*_.-]+|[0-9A-Fa-f:.]+(/[0-9]{1,3})?", entry):
+                raise ValueError("a list of hosts and networks, such as hooks.internal, *.corp or 10.0.0.0/8")
+        return allow
+
     @field_validator("secret")
     @classmethod
     def _well_formed(cls, value: SecretStr | None) -> SecretStr | None:

@@ -72,6 +72,7 @@ class Sender:
             timeout=self._timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
+            skip_auto_headers=("Accept-Encoding",),
             read_bufsize=READ_BYTES,
         )
 
