@@ -94,6 +94,26 @@ def test_nobody_can_sign_as_somebody_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"webhooks": {"allow": "https://hooks.internal/"}}, "a list of hosts and networks"),
+        ({"webhook_receivers": {"request": {"url": "https://a.b", "secret": NEW}}}, "'request' is not allowed"),
+        ({"webhook_receivers": {"a,b": {"url": "https://a.b", "secret": NEW}}}, "'a,b' is not allowed"),
+        ({"webhook_receivers": {"a": {"url": "ftp://a.b", "secret": NEW}}}, "an http:// or https:// URL"),
+        ({"webhook_receivers": {"a": {"url": "https://u:p@a.b", "secret": NEW}}}, "without a user"),
+        (
+            {"webhook_receivers": {"a": {"url": "https://a.b", "secret": NEW, "events": ["done"]}}},
+            r"response\.completed",
+        ),
+    ],
+)
+def test_settings_that_are_wrong(sections: dict[str, object], said: str, tmp_path: Path) -> None:
+    """What is not possible is said when the server starts."""
+    with pytest.raises(ValueError, match=said):
+        settings(tmp_path, **sections)
+
+
+@pytest.mark.parametrize(
     "secret", ["short", "whsec_", "whsec_!!!!", f"{NEW},{OLD},{OTHER}", "whsec_" + "a" * 20, NEW[6:]]
 )
 def test_secrets_that_are_none(secret: str, tmp_path: Path) -> None:
