@@ -7,6 +7,7 @@ from typing import Any, Literal
 from llmstream.config_webhooks import NOTHING_SIGNS
 from llmstream.errors import NotFound
 from llmstream.gateway import Gateway
+from llmstream.selection import Cancelled, JobFilter, cancel_all
 from llmstream.store.memory import in_memory
 from llmstream.types import LOCAL, Job, JobState, ModelInfo, Principal, own_id
 
@@ -46,6 +47,14 @@ class Caller:
     async def cancel(self, job_id: str) -> JobState:
         """Ends a job of the principal's; see :meth:`Gateway.cancel`."""
         return await self._gateway.cancel(await self._own(job_id))
+
+    async def cancel_all(self, wanted: JobFilter, limit: int) -> Cancelled:
+        """Ends those of the principal's jobs that fit; everybody's for an admin. Others' jobs do not exist."""
+        if not self.principal.is_admin:
+            if wanted.principal not in (None, self.principal.id):
+                return Cancelled([], more=False)
+            wanted = wanted._replace(principal=self.principal.id)
+        return await cancel_all(self._gateway, wanted, limit)
 
     async def requeue(self, job_id: str) -> Job:
         """Runs a job of the principal's once more; see :meth:`Gateway.requeue`."""

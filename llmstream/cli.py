@@ -13,7 +13,7 @@ from llmstream import __version__
 from llmstream.commands.options import Command, assignment, event_id, program
 from llmstream.commands.terminal import forget_stdout
 from llmstream.errors import ConfigError, LLMStreamError
-from llmstream.types import SCOPES
+from llmstream.types import LANES, SCOPES
 
 EPILOG = """\
 Settings come from defaults < --config FILE < environment (SERVER__PORT, STORE__URL …) < flags.
@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands, settings)
     _add_chat(commands, client)
     _add_jobs(commands, client)
+    _add_queues(commands, client)
     _add_models(commands, client)
     _add_keys(commands, settings)
     doctor = commands.add_parser("doctor", parents=[client], help="check everything the service needs")
@@ -115,8 +116,25 @@ def _add_jobs(commands: Commands, client: argparse.ArgumentParser) -> None:
     jobs.add_argument("--limit", type=int, default=20, help="how many to list (20)")
     jobs.add_argument("--json", action="store_true", help="print JSON")
     jobs.set_defaults(command="jobs:run")
-    cancel = commands.add_parser("cancel", parents=[client], help="end jobs that wait or run")
-    cancel.add_argument("ids", nargs="+", metavar="ID")
+    cancel = commands.add_parser(
+        "cancel",
+        parents=[client],
+        help="end jobs that wait or run",
+        description="Ends the jobs named, or all those that wait or run and fit what the flags say.",
+    )
+    cancel.add_argument("ids", nargs="*", metavar="ID")
+    cancel.add_argument("--status", choices=["queued", "scheduled", "in_progress"], help="only those")
+    cancel.add_argument("--lane", choices=LANES, help="only those of this lane")
+    cancel.add_argument("--model", metavar="PATTERN", help="only those for these models, such as 'gpt-*'")
+    cancel.add_argument("--min-priority", type=int, metavar="N", help="only those of this priority or a higher one")
+    cancel.add_argument("--max-priority", type=int, metavar="N", help="only those of this priority or a lower one")
+    cancel.add_argument("--session", metavar="ID", dest="session_id", help="only those of this session")
+    cancel.add_argument("--principal", metavar="NAME", help="only those of this principal")
+    cancel.add_argument(
+        "--created-after", metavar="TIME", help="only later ones: 2030-01-31T09:00:00Z, or epoch seconds"
+    )
+    cancel.add_argument("--created-before", metavar="TIME", help="only earlier ones")
+    cancel.add_argument("--all", action="store_true", help="every job")
     cancel.set_defaults(command="jobs:cancel")
     requeue = commands.add_parser(
         "requeue",
@@ -126,6 +144,22 @@ def _add_jobs(commands: Commands, client: argparse.ArgumentParser) -> None:
     )
     requeue.add_argument("ids", nargs="+", metavar="ID")
     requeue.set_defaults(command="jobs:requeue")
+
+
+def _add_queues(commands: Commands, client: argparse.ArgumentParser) -> None:
+    queues = commands.add_parser(
+        "queues",
+        parents=[client],
+        help="show, pause, drain or resume parts of the queue",
+        description="pause: nothing of it begins, new jobs wait. drain: it takes no new jobs, and what waits is "
+        "finished. resume: ends both. It holds for all servers that share the store, also after a restart.",
+    )
+    queues.add_argument("action", nargs="?", choices=["list", "pause", "drain", "resume"], default="list")
+    queues.add_argument("--lane", choices=LANES, help="this lane")
+    queues.add_argument("--model", metavar="PATTERN", help="these models, such as 'gpt-*'")
+    queues.add_argument("--all", action="store_true", help="everything")
+    queues.add_argument("--json", action="store_true", help="print JSON")
+    queues.set_defaults(command="queues:run")
 
 
 def _add_models(commands: Commands, client: argparse.ArgumentParser) -> None:

@@ -126,6 +126,10 @@ class StoreSettings(Section):
 class SchedulerSettings(Section):
     max_waiting: Annotated[int, Field(ge=1)] = 10_000
     """Waiting jobs per pool; more are refused with 429."""
+    max_scheduled: Annotated[int, Field(ge=1)] = 10_000
+    """Jobs per pool whose time to begin (``not_before``) is still to come; more are refused with 429."""
+    max_delay_s: Annotated[float, Field(gt=0, le=366 * 24 * 3600)] = 7 * 24 * 3600.0
+    """How far ahead ``not_before`` may lie, in seconds."""
     ageing_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds of waiting that count as much as one step of priority."""
     lease_s: Annotated[float, Field(ge=0.2)] = 2.0

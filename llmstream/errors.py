@@ -15,6 +15,7 @@
     │   └── StoreError             the store answered something unexpected
     ├── BrokerUnavailable     503  RabbitMQ cannot be reached or does not confirm
     ├── ShuttingDown          503  this replica takes no new work
+    ├── Draining              503  no replica takes new work of this kind
     ├── ProviderError         502  the model's side failed
     │   ├── EngineCrashed     502  the engine's process ended; retryable
     │   ├── UpstreamDenied    502  the upstream does not serve us: key, rights, account
@@ -142,6 +143,10 @@ class BrokerUnavailable(LLMStreamError):
 
 class ShuttingDown(LLMStreamError):
     status, type, code, retryable = 503, "service_unavailable", "shutting_down", True
+
+
+class Draining(LLMStreamError):
+    status, type, code, retryable = 503, "service_unavailable", "queue_draining", True
 
 
 class ProviderError(LLMStreamError):

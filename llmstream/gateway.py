@@ -24,6 +24,8 @@ from llmstream.errors import (
     ConfigError,
     Conflict,
     ContextLengthExceeded,
+    Draining,
+    LLMStreamError,
     ModelNotFound,
     NotFound,
     Overloaded,
@@ -37,12 +39,13 @@ from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router, limits_of
 from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.audience import MemorySeat, Seat
+from llmstream.scheduler.control import draining
 from llmstream.scheduler.gauges import watch_pools
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store.budgets import Spent
 from llmstream.store.follower import Follower
 from llmstream.store.jobs import Created
-from llmstream.store.lanes import Census, Lanes, Standing
+from llmstream.store.lanes import Census, Lanes, Lives, Pushed, Standing
 from llmstream.store.memory import in_memory
 from llmstream.store.owned import OWNED_JOBS
 from llmstream.store.readers import NOBODY, Lease
@@ -93,6 +96,10 @@ class Submission(TypedDict, total=False):
     """The job is cancelled once nobody has read it for so long."""
     restarts: bool
     """False: an answer that its model breaks off where it cannot go on fails, and keeps what was said."""
+    not_before: float | None
+    """Seconds since the epoch before which the job does not begin, by the store's clock."""
+    delay_s: float | None
+    """The same, in seconds from now."""
     webhook: Webhook | None
     """Who is to be told of its end, beside the receivers of the configuration."""
 
@@ -120,6 +127,8 @@ class Gateway:
         self._scheduler = scheduler
         self._clock = clock
         self._closing = False
+        self.control = scheduler.control
+        """Pauses and drains parts of the queue."""
         self.sessions = store.sessions(settings.chat_history.ttl_seconds)
         """The conversations on record."""
         self.cache = Cache(store, settings.cache, settings.store.retention_s)
@@ -140,8 +149,8 @@ class Gateway:
         A request whose ``identity`` was accepted before is that job, which may be running or over.
 
         Raises BadRequest or ModelNotFound for what can never run, Overloaded with ``retry_after`` when the queue is
-        full, Conflict when the identity belongs to a different request, ShuttingDown, StoreUnavailable. After an error
-        nothing is left behind.
+        full, Draining, Conflict when the identity belongs to a different request, ShuttingDown, StoreUnavailable.
+        After an error nothing is left behind.
         """
         job = await self._admit(request, **given)
         if in_memory(job.id):
@@ -322,6 +331,20 @@ class Gateway:
         """Counts by pool, whichever replica serves it."""
         return {pool: await self._lanes(pool).census() for pool in sorted(await self._store.pools())}
 
+    async def alive(self) -> AsyncIterator[list[Lives]]:
+        """All logged jobs that wait in a queue or run, in pages."""
+        for pool in sorted(await self._store.pools()):
+            async for page in self._lanes(pool).alive():
+                yield page
+
+    def store_time(self) -> float:
+        """Seconds since the epoch by the store's clock, about."""
+        return self._scheduler.store_time(next(iter(self._scheduler.pools), ""))
+
+    async def find_all(self, job_ids: Sequence[str]) -> list[JobState]:
+        """The records of logged jobs; unknown ids are left out."""
+        return await self._store.jobs.find_all(list(job_ids))
+
     async def spent(self, target: str) -> Spent:
         """What a target, ``provider/model``, has at the moment from all replicas, as far as it is limited. Raises
         StoreUnavailable."""
@@ -369,6 +392,8 @@ class Gateway:
         durability: Durability | None = None,
         grace_s: float | None = None,
         restarts: bool = True,
+        not_before: float | None = None,
+        delay_s: float | None = None,
         webhook: Webhook | None = None,
     ) -> Job:
         principal = principal or Principal()
@@ -389,6 +414,15 @@ class Gateway:
         self._store.check(durability)
         receivers = self._receivers(principal, webhook, durability)
         now, job_id = self._clock(), new_id(self._clock)
+        if not_before is not None or delay_s is not None:
+            not_before = self._later(route.pool, not_before, delay_s, durability)
+        expires_at = None if deadline_s is None else now + deadline_s
+        if not_before is not None and expires_at is not None and expires_at <= not_before:
+            raise BadRequest(
+                "The job would pass its deadline before it may begin: deadline_s counts from now. Make it longer, or "
+                "leave it out.",
+                param="deadline_s",
+            )
         return Job(
             id=self._store.memory.name(job_id) if durability == "memory" else job_id,
             request=request,
@@ -397,12 +431,13 @@ class Gateway:
             principal=principal.id,
             priority=priority,
             session_id=session_id,
-            expires_at=None if deadline_s is None else now + deadline_s,
+            expires_at=expires_at,
             durability=durability,
             grace_s=grace_s,
             request_id=ORIGIN.get().request_id,
             traceparent=self.observer.traceparent(),
             restarts=restarts,
+            not_before=not_before,
             webhook=webhook,
             receivers=receivers,
         )
@@ -414,6 +449,28 @@ class Gateway:
         if webhook is None:
             return ()
         raise BadRequest(NOTHING_SIGNS, param="webhook")
+
+    def _later(
+        self, pool: str, not_before: float | None, delay_s: float | None, durability: Durability
+    ) -> float | None:
+        """When a job may begin, in seconds since the epoch; None: now. Raises BadRequest."""
+        now, limit = self._scheduler.store_time(pool), self.settings.scheduler.max_delay_s
+        param = "not_before" if not_before is not None else "delay_s"
+        delay_s = not_before - now if not_before is not None else delay_s or 0.0
+        if delay_s <= 0:
+            return None
+        if delay_s > limit:
+            raise BadRequest(
+                f"{param} lies {delay_s:.0f} s ahead, and {limit:.0f} s are allowed (scheduler.max_delay_s). A number "
+                "in not_before is in seconds since the epoch.",
+                param=param,
+            )
+        if durability == "memory":
+            raise BadRequest(
+                f"{param} needs a job on record, and durability 'memory' keeps none; leave one of the two out.",
+                param=param,
+            )
+        return now + delay_s if not_before is None else not_before
 
     def _run_here(self, job: Job, identity: Identity | None) -> Job:
         """Accepts a memory job. Other replicas know nothing of it, so it cannot be found under a name there."""
@@ -444,14 +501,18 @@ class Gateway:
             seat.bind(job, lanes, counted=True)
         unread_s = None if job.grace_s is None else seat.lease.seconds if seat else first_s
         if created.status not in TERMINAL:
-            if self._posting is not None:
+            if self._posting is not None and not self._sleeps(job):
+                if new:
+                    await self._check_drain(job)
                 await self._post(job, lanes, named=identity is not None and identity.named)
             else:
                 # One that runs may have lost its place: the store forgot it, and its replica is gone since.
                 wake, again = not self._scheduler.takes(job.pool), created.status != "queued"
-                if not await lanes.push(job, unread_s, wake=wake, again=again):
+                pushed = await lanes.push(job, unread_s, wake=wake, again=again)
+                if not pushed:
                     await self._store.jobs.discard(job.id)
-                    raise await self._overloaded(lanes)
+                    raise await self._refusal(pushed, job, lanes)
+                self._scheduler.expect(job)
             if job.session_id is not None:
                 await self._store.jobs.join_session(job.session_id, job)
         self._store.recent.remember(lambda: self._accept_again(job, expected, unread_s), created.size)
@@ -490,7 +551,8 @@ class Gateway:
         inbox = self._posting
         assert inbox is not None
         try:
-            if inbox.ready >= self.settings.scheduler.max_waiting:
+            aside = (await lanes.census()).paused if self.control.rules.rules else 0
+            if inbox.ready + aside >= self.settings.scheduler.max_waiting:
                 raise await self._overloaded(lanes, inbox.ready)
             await inbox.post(job)
         except BrokerUnavailable:
@@ -517,9 +579,33 @@ class Gateway:
         self._scheduler.kick(job.pool)
         return created
 
+    def _sleeps(self, job: Job) -> bool:
+        """Whether a job's time to begin is still to come. RabbitMQ never gets such a one: it would take the place of
+        others in somebody's hands, while the store has it on record, in line and on disk as well."""
+        return job.not_before is not None and job.not_before > self._scheduler.store_time(job.pool)
+
+    async def _check_drain(self, job: Job) -> None:
+        try:
+            await self.control.check(job)
+        except Draining:
+            await self._store.jobs.discard(job.id)
+            raise
+
+    async def _refusal(self, pushed: Pushed, job: Job, lanes: Lanes) -> LLMStreamError:
+        if pushed is Pushed.DRAINING:
+            return draining(job)
+        if pushed is Pushed.TOO_MANY_SCHEDULED:
+            return Overloaded(
+                f"{self.settings.scheduler.max_scheduled} jobs are scheduled already, which is the limit "
+                "(scheduler.max_scheduled). Try again once some have begun.",
+                code="too_many_scheduled",
+                retry_after=DEFAULT_RETRY_AFTER_S,
+            )
+        return await self._overloaded(lanes)
+
     async def _overloaded(self, lanes: Lanes, elsewhere: int = 0) -> Overloaded:
         census = await lanes.census()
-        waiting, slots = sum(census.waiting.values()) + elsewhere, sum(census.slots.values())
+        waiting, slots = sum(census.waiting.values()) + census.paused + elsewhere, sum(census.slots.values())
         known = census.service_s is not None and slots > 0
         # A place is free as soon as one waiting job is claimed: one service time over all slots.
         wait = max(census.service_s / slots, 0.05) if known and census.service_s else DEFAULT_RETRY_AFTER_S
@@ -529,8 +615,7 @@ class Gateway:
         )
 
     def _lanes(self, pool: str) -> Lanes:
-        known = self._scheduler.pools.get(pool)
-        return known.lanes if known is not None else self._store.lanes(pool, self.settings.scheduler)
+        return self._scheduler.lanes_of(pool)
 
 
 def _refuse_long_prompt(request: GenerateRequest, limit: int | None) -> None:
@@ -583,7 +668,7 @@ async def open_gateway(
             accounts=accounts,
             observer=observer,
         )
-        watch_pools(observer, store, scheduler.pools)
+        watch_pools(observer, store, scheduler.pools, scheduler.control)
         await scheduler.open()
         access = await open_access(settings, store, clock)
         gateway = Gateway(settings, store, router, scheduler, clock, observer, access)
@@ -618,7 +703,9 @@ async def _open_inbox(gateway: Gateway, store: Store, scheduler: Scheduler) -> A
             "broker.kind = 'rabbitmq' (BROKER) needs aio-pika; install it: pip install 'llmstream[rabbitmq]'"
         ) from error
     slots = sum(pool.slots for pool in scheduler.pools.values())
-    door = Door(gateway.models, gateway._admit_order, gateway._take_job, gateway.observer.accepted)
+    door = Door(
+        gateway.models, gateway._admit_order, gateway._take_job, gateway.observer.accepted, gateway.control.pauses
+    )
     async with open_inbox(gateway.settings.broker, store, door, slots=slots) as inbox:
         if inbox.carries_jobs:
             scheduler.on_over = inbox.over

@@ -38,6 +38,7 @@ def job_body(state: JobState, transcript: Transcript) -> dict[str, Any]:
         "usage": usage_body(usage) if usage else None,
         "error": error_body(state.failure)["error"] if state.failure else None,
         "last_event_id": str(transcript.position),
+        **({"not_before": job.not_before} if job.not_before is not None else {}),
         "timings": {
             "created_at": job.created_at,
             "started_at": started,

@@ -23,6 +23,7 @@ TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled", "incom
 Lane = Literal["high", "default", "low"]
 LANES: tuple[Lane, ...] = ("high", "default", "low")
 MIN_PRIORITY, MAX_PRIORITY = -10, 10
+_PRIORITIES = range(MIN_PRIORITY, MAX_PRIORITY + 1)
 
 Clock = Callable[[], float]
 """Seconds since the epoch; injected so that tests own the time."""
@@ -266,6 +267,57 @@ def scopes_upto(scopes: Iterable[Scope]) -> tuple[Scope, ...]:
     return SCOPES[: max((SCOPES.index(scope) + 1 for scope in scopes), default=0)]
 
 
+Mode = Literal["paused", "draining"]
+MODES: tuple[Mode, ...] = ("paused", "draining")
+
+
+class QueueRule(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """A part of the queue that is ``paused`` (none of it begins) or ``draining`` (nothing is added to it): a lane, the
+    models whose names fit a pattern, the models in a lane; everything, where neither is said."""
+
+    mode: Mode
+    lane: Lane | None = None
+    model: str | None = None
+    """``*`` stands for any characters, ``?`` for any one."""
+    since: float = 0.0
+    by: str = LOCAL
+    """The principal who said so."""
+
+    def covers(self, job: Job) -> bool:
+        return self.fits(job.lane, job.request.model)
+
+    def fits(self, lane: Lane, model: str) -> bool:
+        return self.lane in (None, lane) and (self.model is None or fnmatchcase(model, self.model))
+
+
+class QueueRules(Struct, frozen=True):
+    """All rules that hold at one time, in the order they were made."""
+
+    version: int = 0
+    """Grows with every change; 0: nobody has ever made a rule."""
+    rules: tuple[QueueRule, ...] = ()
+
+    def find(self, mode: Mode, job: Job) -> QueueRule | None:
+        """The first rule that covers a job."""
+        return next((rule for rule in self.rules if rule.mode == mode and rule.covers(job)), None)
+
+    def lines(self, mode: Mode) -> str:
+        """The rules as the scripts of the queue read them."""
+        return "".join(
+            f"{_FIRST_LEVEL[rule.lane]}|{_LAST_LEVEL[rule.lane]}|{rule.model or '*'};"
+            for rule in self.rules
+            if rule.mode == mode
+        )
+
+
+_LEVELS: dict[Lane | None, list[int]] = {
+    **{lane: [MAX_PRIORITY - each for each in _PRIORITIES if lane_of(each) == lane] for lane in LANES},
+    None: [MAX_PRIORITY - each for each in _PRIORITIES],
+}
+_FIRST_LEVEL = {lane: min(levels) for lane, levels in _LEVELS.items()}
+_LAST_LEVEL = {lane: max(levels) for lane, levels in _LEVELS.items()}
+
+
 class Webhook(Struct, frozen=True, omit_defaults=True):
     """Where the end of a job is to be told."""
 
@@ -306,10 +358,17 @@ class Job(Struct, frozen=True, omit_defaults=True):
     restarts: bool = True
     """Whether the answer may start over after its model broke off where it cannot go on; otherwise the job fails and
     keeps what was said. After the death of a replica it starts over in any case."""
+    not_before: float | None = None
+    """Seconds since the epoch, by the store's clock, before which no attempt begins."""
     webhook: Webhook | None = None
     """What the request says about telling its end."""
     receivers: tuple[str, ...] = ()
     """Who hears of its end: names of configured receivers, and ``REQUESTED`` for ``webhook``."""
+
+    @property
+    def delay_s(self) -> float:
+        """Seconds that it must wait from the moment it was accepted."""
+        return 0.0 if self.not_before is None else max(0.0, self.not_before - self.created_at)
 
     @property
     def lane(self) -> Lane:

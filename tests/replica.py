@@ -35,7 +35,7 @@ class Scripted:
     """A provider that does what a test says and can never continue."""
 
     name = pool = MODEL
-    models = (ModelInfo(name=MODEL, provider=MODEL),)
+    models: tuple[ModelInfo, ...] = (ModelInfo(name=MODEL, provider=MODEL),)
 
     def __init__(self, script: Script, slots: int = 4, continues: bool = False) -> None:
         self._script = script
@@ -95,12 +95,24 @@ def lanes_of(store: Store, settings: SchedulerSettings = FAST) -> Lanes:
 
 
 async def submit(
-    store: Store, *, settings: SchedulerSettings = FAST, priority: int = 0, expires_at: float | None = None, **echo: Any
+    store: Store,
+    *,
+    settings: SchedulerSettings = FAST,
+    priority: int = 0,
+    expires_at: float | None = None,
+    not_before: float | None = None,
+    **echo: Any,
 ) -> Job:
     """Accepts a job for the echo model; keywords are its ``echo`` options."""
     request = GenerateRequest.of(kind="chat", model=MODEL, body={"echo": echo, "nonce": new_id()})
     job = Job(
-        id=new_id(), request=request, pool=MODEL, created_at=time.time(), priority=priority, expires_at=expires_at
+        id=new_id(),
+        request=request,
+        pool=MODEL,
+        created_at=time.time(),
+        priority=priority,
+        expires_at=expires_at,
+        not_before=not_before,
     )
     assert await store.jobs.create(job)
     assert await lanes_of(store, settings).push(job)

@@ -27,6 +27,7 @@ from rich.console import Console
 from llmstream.cli import main
 from llmstream.commands.frames import Frame, Frames
 from llmstream.commands.jobs import table
+from llmstream.commands.server_file import ServerFile
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -230,6 +231,29 @@ def test_jobs_are_listed_shown_and_cancelled(served: Cli) -> None:
     assert "cancelled" in served.here("jobs", job_id).out
 
 
+def test_queues_are_paused_and_jobs_cancelled_by_filter(served: Cli) -> None:
+    """What is paused is shown with what waits for it; jobs are cancelled by what they are; resumed, nothing is held."""
+    assert served.here("queues", "pause", "--lane", "low", "--model", "slow*").out == "lane low, model slow* paused\n"
+    running = ServerFile(served.data_dir).read()
+    assert running is not None
+    words = {"message": "x", "model": "slower", "priority": -9}
+    subprocess.run(_post(f"{running.url}/chat/async", words), check=True, stdout=subprocess.DEVNULL)
+    (rule,) = json.loads(served.here("queues", "--json").out)["rules"]
+    assert (rule["mode"], rule["lane"], rule["model"], rule["waiting"]) == ("paused", "low", "slow*", 1)
+    shown = served.here("queues").out
+    assert "lane low, model slow*" in shown
+    assert (
+        served.here("cancel", "--status", "queued", "--model", "slow*", "--max-priority", "-9").out == "1 cancelled\n"
+    )
+    assert served.here("cancel", "--created-before", "2001-01-01T00:00:00Z").out == "0 cancelled\n"
+    assert served.here("queues", "drain", "--model", "nobody").out == "model nobody draining\n"
+    resumed = served.here("queues", "resume", "--lane", "low", "--model", "slow*")
+    assert resumed.out == "lane low, model slow* resumed\n"
+    assert "Still held: model nobody (draining)" in resumed.err
+    assert served.here("queues", "resume", "--all").status == 0
+    assert "Nothing is paused or draining." in served.here("queues").err
+
+
 def test_jobs_are_requeued(served: Cli) -> None:
     """A job that was cancelled goes on as another, which says where it is from; one that runs is refused."""
     chat = served.start("chat", "count", "--model", "slower")
@@ -341,6 +365,11 @@ def test_a_second_ctrl_c_ends_the_server_at_once(cli: Cli) -> None:
         (("chat", "x", "--resume", "y"), "not both"),
         (("chat", "--resume", "x", "--after", "soon"), "attempt-seq"),
         (("jobs", "--limit", "0"), "--limit"),
+        (("cancel",), "IDs"),
+        (("cancel", "x", "--all"), "not both"),
+        (("queues", "pause"), "--lane"),
+        (("queues", "pause", "--all", "--lane", "low"), "--all"),
+        (("queues", "--all"), "say which"),
         (("models", "pull"), "SOURCE"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any, Literal, NotRequired
 from pydantic import ConfigDict
 from typing_extensions import TypedDict  # pydantic cannot read that of Python 3.11
 
-from llmstream.types import Lane, Status
+from llmstream.types import Lane, Mode, Status
 
 OPEN = ConfigDict(extra="allow")
 
@@ -109,6 +109,7 @@ class Accepted(TypedDict):
     status: Status
     task_id: str
     session_id: str | None
+    not_before: NotRequired[float]
     stream_url: str
     """Where the answer is read as server-sent events, for a while also without a key."""
 
@@ -122,8 +123,10 @@ class QueuedEvent(TypedDict):
     """Nothing has been said yet. Has no id: it is no part of the answer."""
 
     type: Literal["queued"]
-    position: int
+    position: int | None
     """Jobs before this one."""
+    paused: NotRequired[bool]
+    not_before: NotRequired[float]
     eta_s: float | None
     """Seconds until it begins, as far as that is known."""
 
@@ -208,6 +211,8 @@ class JobAnswer(TypedDict):
     last_event_id: str
     """``text`` holds what was said up to this event: a stream can go on behind it."""
     timings: Timings
+    not_before: NotRequired[float]
+    paused: NotRequired[bool]
     position: NotRequired[int | None]
     """Jobs before this one, while it waits."""
     eta_s: NotRequired[float | None]
@@ -227,6 +232,8 @@ class JobRow(TypedDict):
     created_at: float
     started_at: float | None
     finished_at: float | None
+    not_before: float | None
+    """When it may begin, where a time was given."""
 
 
 class Jobs(TypedDict):
@@ -331,6 +338,16 @@ class Ready(TypedDict):
     status: Literal["ready"]
 
 
+class HeldPart(TypedDict):
+    """A part of the queue that is paused, or drains."""
+
+    mode: Mode
+    lane: Lane | None
+    model: str | None
+    since: float
+    """Seconds since 1970."""
+
+
 class ReplicaLoad(TypedDict):
     slots: int
     running: int
@@ -341,6 +358,9 @@ class Queue(TypedDict):
 
     waiting: dict[Lane, int]
     """Jobs that wait."""
+    scheduled: int
+    """Jobs whose time has not come."""
+    paused: int
     running: int
     slots: int
     replicas: dict[str, ReplicaLoad]
@@ -356,6 +376,9 @@ class Stats(TypedDict):
     lanes: dict[Lane, int]
     """Jobs that wait, over all pools."""
     waiting: int
+    scheduled: int
+    paused: int
+    rules: list[HeldPart]
     running: int
     replicas: list[str]
     pools: dict[str, Queue]
@@ -376,5 +399,39 @@ class FullHealth(TypedDict):
     store: Part
     providers: dict[str, Part]
     broker: NotRequired[Part]
+    rules: NotRequired[list[HeldPart]]
     queue: NotRequired[dict[str, Queue]]
     """By pool."""
+
+
+class QueueRules(TypedDict):
+    object: Literal["queue.rules"]
+    rules: list[HeldPart]
+
+
+class CoveredPart(HeldPart):
+    by: str
+    """Who said so."""
+    waiting: int
+    running: int
+
+
+class PoolNumbers(TypedDict):
+    waiting: dict[Lane, int]
+    scheduled: int
+    paused: int
+    running: int
+
+
+class Queues(TypedDict):
+    object: Literal["queues"]
+    rules: list[CoveredPart]
+    pools: dict[str, PoolNumbers]
+
+
+class CancelledJobs(TypedDict):
+    object: Literal["jobs.cancelled"]
+    cancelled: int
+    task_ids: list[str]
+    more: bool
+    """There are more that fit: the call can be repeated."""

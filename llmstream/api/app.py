@@ -8,7 +8,20 @@ from contextlib import nullcontext
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from llmstream.api import chat, core, health, jobs, metrics, openai, proxy, question, service, sessions, webhooks
+from llmstream.api import (
+    chat,
+    core,
+    health,
+    jobs,
+    metrics,
+    openai,
+    proxy,
+    question,
+    queues,
+    service,
+    sessions,
+    webhooks,
+)
 from llmstream.api.access import guard
 from llmstream.api.cors import Cors
 from llmstream.api.docs import pages
@@ -37,7 +50,8 @@ def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.App
     app[PRESENCE] = Presence()
     app[PINGS] = Pings(settings.server.ping_s)
     app[BODY_TIMEOUT_S] = settings.server.body_timeout_s
-    for family in (openai, chat, jobs, core, proxy, question, service, sessions, webhooks, health, metrics):
+    families = (openai, chat, jobs, queues, core, proxy, question, service, sessions, webhooks, health, metrics)
+    for family in families:
         app.add_routes(family.routes)
     if settings.server.docs:
         app[pages.DOCUMENT] = pages.Document(app)

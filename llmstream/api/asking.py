@@ -56,13 +56,15 @@ async def ask(
     session: Session | None = None,
 ) -> Asked:
     """Starts the job that a request asks for, or finds one that did the same where it is ``cacheable``; as the next
-    turn of ``session``, if there is one. ``on_disconnect`` and ``deadline_s`` hold where ``fields`` say nothing.
+    turn of ``session``, if there is one. ``on_disconnect`` and ``deadline_s`` hold where ``fields`` say nothing; the
+    latter only for a job that may begin at once.
 
     ``max_tokens`` is an upper limit here: where less fits into the context, the answer may take what is left.
     """
     gateway = request.app[GATEWAY]
     known = identity(request, fields.job_id, body)
-    if cacheable and session is None and fields.webhook is None:  # of a cached answer nobody would be told
+    fresh = fields.scheduled or fields.webhook is not None  # of a cached answer nobody would be told
+    if cacheable and session is None and not fresh:
         there, known = await reuse(request, generate, known, fields.durability)
         if there is not None:
             return there
@@ -73,7 +75,9 @@ async def ask(
             principal=principal_of(request),
             priority=fields.priority,
             session_id=session.id if session is not None else None,
-            deadline_s=fields.deadline_s or deadline_s,
+            deadline_s=fields.deadline_s or (None if fields.scheduled else deadline_s),
+            not_before=fields.not_before,
+            delay_s=fields.delay_s,
             durability=fields.durability,
             identity=known,
             grace_s=gateway.settings.disconnect.limit(fields.on_disconnect or on_disconnect),
@@ -110,6 +114,12 @@ async def _next_turn(
         raise BadRequest(
             "Conversations are switched off here (chat_history.enabled); leave session_id out and send all messages.",
             param="session_id",
+        )
+    if fields.scheduled:
+        raise BadRequest(
+            "A message of a conversation is answered in its turn, not at a time of its own; leave session_id or "
+            "not_before and delay_s out.",
+            param="not_before" if fields.not_before is not None else "delay_s",
         )
     if (fields.durability or gateway.settings.store.durability) == "memory":
         raise BadRequest(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from aiohttp import web
 
@@ -17,6 +19,7 @@ from llmstream.duplicates import Identity
 from llmstream.errors import NotFound
 from llmstream.gateway import Gateway, Submission
 from llmstream.report import job_body
+from llmstream.store.lanes import Standing
 from llmstream.types import GenerateRequest, Job, JobState, new_id
 
 STREAM = "stream"
@@ -35,7 +38,13 @@ async def submit_chat(request: web.Request) -> web.Response:
     url = stream_url(request, job, named=schema.session_id is not None or job.durability == "memory")
     status = (await gateway.job(job.id)).status if known is not None and known.named else "queued"
     return web.json_response(
-        {"status": status, "task_id": job.id, "session_id": job.session_id, "stream_url": url},
+        {
+            "status": status,
+            "task_id": job.id,
+            "session_id": job.session_id,
+            "stream_url": url,
+            **({"not_before": job.not_before} if job.not_before is not None else {}),
+        },
         status=202,
         headers={"x-job-id": job.id},
     )
@@ -116,6 +125,8 @@ def _submission(request: web.Request, gateway: Gateway, schema: ChatBody) -> Sub
         priority=schema.priority,
         session_id=schema.session_id or new_id(),
         deadline_s=schema.deadline_s,
+        not_before=schema.not_before,
+        delay_s=schema.delay_s,
         durability=schema.durability,
         grace_s=_limit(gateway, schema),
         restarts=schema.on_cut != "fail",
@@ -132,7 +143,7 @@ async def _status(gateway: Gateway, state: JobState) -> web.Response:
     body = job_body(state, await gateway.transcript(state.job.id))
     if state.status == "queued":
         place = await gateway.standing(state)
-        body["position"], body["eta_s"] = place.ahead, place.eta_s
+        body |= _place(place)
     return web.json_response(body, headers={"x-job-id": state.job.id})
 
 
@@ -141,9 +152,18 @@ def standing(gateway: Gateway, state: JobState) -> Waiting:
 
     async def frame() -> bytes:
         place = await gateway.standing(state)
-        if place.ahead is None:
+        if place.ahead is None and not place.paused and place.not_before is None:
             return b""
-        body = {"type": "queued", "position": place.ahead, "eta_s": place.eta_s}
-        return b"data: %s\n\n" % msgspec.json.encode(body)
+        return b"data: %s\n\n" % msgspec.json.encode({"type": "queued", **_place(place)})
 
     return frame
+
+
+def _place(place: Standing) -> dict[str, Any]:
+    """Where a job stands; why it has no position yet, where that is so."""
+    told: dict[str, Any] = {"position": place.ahead, "eta_s": place.eta_s}
+    if place.paused:
+        told["paused"] = True
+    if place.not_before is not None:
+        told["not_before"] = place.not_before
+    return told

@@ -10,6 +10,7 @@ from aiohttp import web
 from llmstream.api.access import needs, open_as
 from llmstream.api.asking import served_model
 from llmstream.api.keys import GATEWAY
+from llmstream.api.queues import rules_body
 from llmstream.errors import StoreUnavailable
 from llmstream.store.lanes import Census
 from llmstream.types import LANES
@@ -51,6 +52,7 @@ async def health_full(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     body = await gateway.health()
     if body["store"]["status"] == "ok":
+        body["rules"] = rules_body(gateway.control.rules)
         body["queue"] = {pool: _queue(census) for pool, census in (await gateway.stats()).items()}
     return web.json_response(body, status=200 if body["status"] == "ok" else 503)
 
@@ -70,6 +72,9 @@ async def stats(request: web.Request) -> web.Response:
         {
             "lanes": lanes,
             "waiting": sum(total.waiting for total in totals),
+            "scheduled": sum(census.scheduled for census in pools.values()),
+            "paused": sum(census.paused for census in pools.values()),
+            "rules": rules_body(request.app[GATEWAY].control.rules),
             "running": sum(total.running for total in totals),
             "replicas": replicas,
             "pools": {name: _queue(census) for name, census in pools.items()},
@@ -86,6 +91,8 @@ def _queue(census: Census) -> dict[str, Any]:
     rate = totals.slots / census.service_s if census.service_s else None
     return {
         "waiting": dict(census.waiting),
+        "scheduled": census.scheduled,
+        "paused": census.paused,
         "running": totals.running,
         "slots": totals.slots,
         "replicas": {

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from llmstream.api.access import caller, needs
+from llmstream.api.body import read_json, validate
 from llmstream.api.chat import stream_url
+from llmstream.api.control_schemas import CancelBody
 from llmstream.api.keys import GATEWAY
 from llmstream.errors import BadRequest, error_body
+from llmstream.selection import JobFilter
 from llmstream.types import JobState
 
 if TYPE_CHECKING:
@@ -37,6 +40,19 @@ async def dead(request: web.Request) -> web.Response:
         {**_row(state), "error": error_body(state.failure)["error"] if state.failure else None} for state in states
     ]
     return web.json_response({"object": "list", "data": rows})
+
+
+@routes.post("/jobs/cancel")
+@needs("generate")
+async def cancel(request: web.Request) -> web.Response:
+    """Ends those jobs that wait or run and fit the filter, some of them where they are many; doing it twice is fine.
+    Memory jobs are left alone, for only their replica knows them."""
+    schema = validate(CancelBody, (await read_json(request))[0])
+    wanted = JobFilter(**schema.model_dump(exclude={"all", "limit"}))
+    if wanted == JobFilter() and not schema.all:
+        raise BadRequest("The filter is empty; say which jobs, or 'all': true for every one.", param="all")
+    ids, more = await caller(request).cancel_all(wanted, schema.limit)
+    return web.json_response({"object": "jobs.cancelled", "cancelled": len(ids), "task_ids": ids, "more": more})
 
 
 @routes.post("/jobs/{task_id}/requeue")
@@ -79,4 +95,5 @@ def _row(state: JobState) -> JobRow:
         "created_at": state.job.created_at,
         "started_at": state.started_at,
         "finished_at": state.finished_at,
+        "not_before": state.job.not_before,
     }

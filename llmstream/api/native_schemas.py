@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, field_validator
 
 from llmstream.api.schemas import EXTENSIONS, Hook, JobId, Message, Number, Priority, SessionId, Tokens
+from llmstream.api.times import Later
 from llmstream.config import OnCut, OnDisconnect
 from llmstream.config_routes import Multitask
 from llmstream.types import Durability
@@ -16,7 +17,7 @@ ModelName = Annotated[StrictStr, Field(min_length=1, max_length=256)]
 Prompt = Annotated[StrictStr, Field(min_length=1)]
 
 
-class JobFields(BaseModel):
+class JobFields(Later):
     """What can be said about the job of any request."""
 
     model_config = ConfigDict(extra="allow")

@@ -43,7 +43,8 @@ async def answer(request: web.Request, body: dict[str, Any], raw: bytes) -> web.
     generate, known = openai_request("chat", schema, body, raw), identity(request, schema.job_id, body)
     there: Asked | None = None
     # Of a cached answer nobody would be told.
-    if gateway.settings.cache.covers_all and schema.session_id is None and schema.webhook is None:
+    fresh = schema.scheduled or schema.webhook is not None
+    if gateway.settings.cache.covers_all and schema.session_id is None and not fresh:
         there, known = await reuse(request, generate, known, schema.durability)
     job, follower, cached = there or Asked(
         *await gateway.start(
@@ -52,6 +53,8 @@ async def answer(request: web.Request, body: dict[str, Any], raw: bytes) -> web.
             priority=schema.priority,
             session_id=schema.session_id,
             deadline_s=schema.deadline_s,
+            not_before=schema.not_before,
+            delay_s=schema.delay_s,
             durability=schema.durability,
             identity=known,
             grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),

@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
+from llmstream.api.times import Later
 from llmstream.config import OnCut, OnDisconnect
 from llmstream.config_webhooks import EventType
 from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Durability, GenerateRequest, Kind, Webhook, encode
@@ -32,7 +33,8 @@ JobId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 SessionId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:@-]{1,128}$")]
 
 EXTENSIONS = frozenset({
-    "provider", "priority", "session_id", "deadline_s", "job_id", "on_disconnect", "on_cut", "durability", "webhook",
+    "provider", "priority", "session_id", "deadline_s", "job_id", "on_disconnect", "on_cut", "durability",
+    "not_before", "delay_s", "webhook",
 })  # fmt: skip
 """Fields of ours in an OpenAI body; upstreams never see them."""
 
@@ -69,7 +71,7 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool = False
 
 
-class OpenAIBody(BaseModel):
+class OpenAIBody(Later):
     """What chat and text completions have in common."""
 
     model_config = ConfigDict(extra="allow")
@@ -137,7 +139,7 @@ EITHER: JsonDict = {
 """What :meth:`ChatBody._one_of_both` checks, for the document."""
 
 
-class ChatBody(BaseModel):
+class ChatBody(Later):
     """``POST /chat`` and ``POST /chat/async``: one message, or a conversation."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=EITHER)

@@ -57,6 +57,8 @@ class Door(NamedTuple):
 
     accepted: Callable[[Job], None]
     """Hears of every order that has become a job."""
+    paused: Callable[[Job], bool]
+    """Whether a job that waits is to wait until a pause ends."""
 
     async def order(self, order: Order) -> Job:
         """The job that an order asks for, under the id its author chose. Raises BadRequest, ModelNotFound."""
@@ -265,6 +267,16 @@ class Inbox:
             await self._results.put(held.job.id, result(state, transcript))
         return True
 
+    async def _let_go(self, held: Held) -> None:
+        """A paused job must not take the place of others in our hands: from here on it is the store's alone, as jobs
+        are without RabbitMQ. An order stays, for its result has to be stored."""
+        if held.ordered or held.settling:
+            return
+        self._store.recent.remember(lambda: self._door.place(held.job), len(held.job.request.raw))
+        while held.deliveries:
+            await held.deliveries.pop().ack()
+        self._held.pop(held.job.id, None)
+
     async def _look_after(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
@@ -286,6 +298,8 @@ class Inbox:
             for job_id, status in zip(ids, await self._store.jobs.statuses(ids), strict=True):
                 if status in TERMINAL:
                     self._ended(job_id)
+                elif status == "queued" and job_id in self._held and self._door.paused(self._held[job_id].job):
+                    await self._let_go(self._held[job_id])
                 elif status is None and job_id in self._held and not self._store.presence.recovering:
                     logger.warning("the store has lost a job that RabbitMQ still has", extra={"job_id": job_id})
                     await self._door.place(self._held[job_id].job)

@@ -22,6 +22,19 @@ from llmstream.errors import ConfigError, LLMStreamError
 
 MAX_LIMIT = 500
 COLUMNS = ("task id", "status", "model", "priority", "attempt", "age", "duration")
+FILTERS = (
+    "status",
+    "lane",
+    "model",
+    "min_priority",
+    "max_priority",
+    "session_id",
+    "principal",
+    "created_after",
+    "created_before",
+    "all",
+)
+"""Flags of ``cancel`` that are members of the body of ``POST /jobs/cancel``."""
 STYLES = {"completed": "green", "failed": "red", "cancelled": "yellow", "incomplete": "yellow", "in_progress": "cyan"}
 
 
@@ -35,7 +48,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def cancel(args: argparse.Namespace) -> int:
+    wanted = {name: value for name in FILTERS if (value := getattr(args, name)) not in (None, False)}
+    if bool(args.ids) == bool(wanted):
+        raise ConfigError("Give the IDs of jobs, or flags that say which ones (--all: every job), not both.")
     settings = read_settings(args)
+    if wanted:
+        return run_to_end(lambda: _cancel_all(args, settings, wanted))
     return run_to_end(lambda: _each(args, settings, lambda job_id: f"/chat/{job_id}/cancel", _cancelled))
 
 
@@ -76,6 +94,25 @@ async def _show(args: argparse.Namespace, settings: Settings) -> int:
     for name, value in _lines(job, time.time()):
         console.print(Text.assemble((f"{name:<12}", "bold"), value), soft_wrap=True)
     return 0
+
+
+async def _cancel_all(args: argparse.Namespace, settings: Settings, wanted: dict[str, Any]) -> int:
+    body = {name: _time(value) if name.startswith("created_") else value for name, value in wanted.items()}
+    count, more = 0, True
+    async with open_finder(settings, args.url) as finder:
+        service = await finder.require()
+        while more:
+            answer = await service.post("/jobs/cancel", body)
+            count, more = count + answer["cancelled"], answer["more"]
+    sys.stdout.write(f"{count} cancelled\n")
+    return 0
+
+
+def _time(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _cancelled(job: dict[str, Any]) -> str:

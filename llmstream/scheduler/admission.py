@@ -19,7 +19,7 @@ class Admission:
 
     def urgency(self, job: Job) -> float:
         """Who goes first where jobs of several replicas wait for one target: as in the lanes."""
-        return job.created_at - job.priority * self._ageing_s
+        return job.created_at + job.delay_s - job.priority * self._ageing_s
 
     async def admit(self, job: Job) -> Crossing | Wait | None:
         """Room at the first target that has some, or when to ask again; None for a job that has to find out itself

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from typing import NamedTuple
 
 from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Job
@@ -33,6 +34,9 @@ class Line:
     def __init__(self, ageing_s: float) -> None:
         self._ageing_ms = ageing_s * 1000
         self._places: dict[str, _Place] = {}
+        self.aside: set[str] = set()
+        """Those that are paused: they keep their places, and are not served."""
+        self._paused: Callable[[Job], bool] = lambda job: False
         self._levels = [_Level() for _ in range(MIN_PRIORITY, MAX_PRIORITY + 1)]
 
     def __len__(self) -> int:
@@ -57,9 +61,33 @@ class Line:
         level = self._levels[number]
         turn = max(level.served, level.turns.get(job.principal, 0)) + 1
         level.turns[job.principal] = turn
-        self._places[job.id] = _Place(job, number, turn, at_ms)
-        insort(level.order, (turn, job.id))
-        insort(level.ages, (at_ms, job.id))
+        place = self._places[job.id] = _Place(job, number, turn, at_ms)
+        if self._paused(job):
+            self.aside.add(job.id)
+        else:
+            self._enlist(place)
+
+    def hold(self, paused: Callable[[Job], bool]) -> None:
+        """From here on those jobs are not served that are ``paused``."""
+        self._paused = paused
+        for place in self._places.values():
+            held = paused(place.job)
+            if held and place.job.id not in self.aside:
+                self._delist(place)
+                self.aside.add(place.job.id)
+            elif not held and place.job.id in self.aside:
+                self.aside.discard(place.job.id)
+                self._enlist(place)
+
+    def _enlist(self, place: _Place) -> None:
+        level = self._levels[place.level]
+        insort(level.order, (place.turn, place.job.id))
+        insort(level.ages, (place.at_ms, place.job.id))
+
+    def _delist(self, place: _Place) -> None:
+        level = self._levels[place.level]
+        del level.order[bisect_left(level.order, (place.turn, place.job.id))]
+        del level.ages[bisect_left(level.ages, (place.at_ms, place.job.id))]
 
     @property
     def first(self) -> str:
@@ -77,6 +105,9 @@ class Line:
         if (place := self._places.get(job_id)) is not None:
             self._levels[place.level].served = place.turn
             self.remove(job_id)
+            if not self._places:
+                for level in self._levels:
+                    level.turns, level.served = {}, 0
 
     def _next(self) -> _Level:
         urgency = self.urgency
@@ -90,16 +121,15 @@ class Line:
         place = self._places.pop(job_id, None)
         if place is None:
             return
-        level = self._levels[place.level]
-        del level.order[bisect_left(level.order, (place.turn, job_id))]
-        del level.ages[bisect_left(level.ages, (place.at_ms, job_id))]
-        if not level.order:
-            level.turns, level.served = {}, 0
+        if job_id in self.aside:
+            self.aside.discard(job_id)
+        else:
+            self._delist(place)
 
     def standing(self, job_id: str) -> tuple[int, float] | None:
-        """How many wait here in front of a job, and how urgent it is; None when it does not wait."""
+        """How many wait here in front of a job, and how urgent it is; None when it does not wait in line."""
         place = self._places.get(job_id)
-        if place is None:
+        if place is None or job_id in self.aside:
             return None
         urgency = place.at_ms + place.level * self._ageing_ms
         ahead = bisect_left(self._levels[place.level].order, (place.turn, ""))

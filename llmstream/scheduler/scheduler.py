@@ -27,7 +27,9 @@ from llmstream.routing.targets import REMOTE, Target
 from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.admission import Admission
 from llmstream.scheduler.audience import Audience
+from llmstream.scheduler.control import QueueControl
 from llmstream.scheduler.line import Line
+from llmstream.scheduler.sleepers import Sleepers
 from llmstream.scheduler.worker import Worker
 from llmstream.store.breakers import Policy
 from llmstream.store.budgets import POLL_S, Wait
@@ -73,6 +75,7 @@ class Pool:
         self.unclaimed: set[str] = set()
         """Those of the running ones that the store does not know: memory jobs."""
         self.wake = asyncio.Event()
+        self.sleepers = Sleepers(lanes, self.wake.set)
         self.claiming = 0
         """Jobs that a claim under way may bring."""
         self.more = False
@@ -141,6 +144,8 @@ class Scheduler:
         for name, most in router.pools.items():
             slots = min(most or settings.remote_slots, settings.remote_slots) if _is_remote(name) else most
             self.pools[name] = Pool(store.lanes(name, settings), slots, Line(settings.ageing_s), router.targets(name))
+        self.control = QueueControl(store, self.lanes_of, clock)
+        self.control.on_change = self._obey
         policy = _policy(breaker or BreakerSettings())
         self.gates = Gates(
             store.budgets(replica, lease_s=settings.lease_s),
@@ -161,6 +166,7 @@ class Scheduler:
         for name, pool in self.pools.items():
             self._loops.append(asyncio.create_task(self._claim(name, pool), name=f"claim-{name}"))
             self._loops.append(asyncio.create_task(self._heartbeats(pool), name=f"heartbeat-{name}"))
+            self._loops.append(asyncio.create_task(pool.sleepers.run(), name=f"sleepers-{name}"))
 
     async def close(self, grace_s: float) -> None:
         """Stops claiming. Jobs that others can continue are handed over at once, the rest within ``grace_s``; memory
@@ -208,8 +214,9 @@ class Scheduler:
                 worker.interrupt(Fenced(f"Job {job_id} was ended from outside."))
 
     def run_here(self, job: Job) -> None:
-        """Runs a memory job as soon as its turn comes. Raises Overloaded, ShuttingDown."""
+        """Runs a memory job as soon as its turn comes. Raises Overloaded, ShuttingDown, Draining."""
         pool = self.pools[job.pool]
+        self.control.refuse(job)
         if self._closing:
             raise ShuttingDown("This replica is shutting down; try again, another one will answer.", retry_after=1)
         if len(pool.line) >= self._settings.max_waiting:
@@ -218,16 +225,28 @@ class Scheduler:
                 retry_after=1,
             )
         self._store.memory.create(job)
-        if pool.free > 0 and not pool.more and not pool.targets:
+        if pool.free > 0 and not pool.more and not pool.targets and not self.control.pauses(job):
             self._start(job.pool, pool, job.id, NO_CLAIM)
         else:
             pool.line.push(job, asyncio.get_running_loop().time() * 1000 + pool.store_ahead_ms)
             pool.more = True
             pool.wake.set()
 
+    def expect(self, job: Job) -> None:
+        """A job was put beside the line until its time comes."""
+        if job.not_before is not None and (pool := self.pools.get(job.pool)) is not None:
+            pool.sleepers.expect(job.not_before - self.store_time(job.pool))
+
+    def store_time(self, pool: str) -> float:
+        """Seconds since the epoch by the store's clock, about."""
+        known = self.pools.get(pool)
+        return self._clock() if known is None else asyncio.get_running_loop().time() + known.store_ahead_ms / 1000
+
     async def standing(self, job: Job) -> Standing:
         """Where a memory job stands, logged ones counted."""
         pool = self.pools[job.pool]
+        if job.id in pool.line.aside:
+            return Standing(None, None, pool.slots, paused=True)
         ahead, urgency = pool.line.standing(job.id) or (0, math.inf)
         found = await pool.lanes.standing(job.id, urgency)
         return found if found.ahead is None else found._replace(ahead=ahead + found.ahead)
@@ -467,6 +486,18 @@ class Scheduler:
             except Exception:  # without it slots of targets would lapse while they are used
                 logger.exception("heartbeat of targets failed")
 
+    def _obey(self) -> None:
+        """The rules have changed: for logged jobs the store sees to them, for memory jobs we do."""
+        for pool in self.pools.values():
+            pool.line.hold(self.control.pauses)
+            pool.more = True
+            pool.wake.set()
+
+    def lanes_of(self, pool: str) -> Lanes:
+        """The queue of any pool, served here or not."""
+        known = self.pools.get(pool)
+        return known.lanes if known is not None else self._store.lanes(pool, self._settings)
+
     async def _beat(self, pool: Pool) -> None:
         asked = asyncio.get_running_loop().time()
         pulse = await pool.lanes.heartbeat(
@@ -474,8 +505,11 @@ class Scheduler:
         )
         pool.store_ahead_ms = pulse.now_ms - asked * 1000
         pool.cancelled_since_ms = pulse.now_ms - math.ceil(self._beat_s * 2000)
+        if pulse.next_ms is not None:
+            pool.sleepers.expect((pulse.next_ms - pulse.now_ms) / 1000)
         for job_id in pulse.cancelled:
             self.stop_job(job_id)
+        await self.control.follow(pool.lanes, pulse)
         await self._reclaim(pool)
         if not self._store.presence.recovering:  # what seems to wait may run, and who seems to be gone may read
             for job_id in pulse.overdue:

@@ -270,7 +270,7 @@ JOIN = Script(
 -- KEYS session; ARGV created at, job id, ttl_ms, jobs kept.
 redis.call('ZADD', KEYS[1], ARGV[1], ARGV[2])
 redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -ARGV[4] - 1)
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
+if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[3]) then redis.call('PEXPIRE', KEYS[1], ARGV[3]) end
 """,
 )
 

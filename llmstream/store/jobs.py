@@ -269,7 +269,8 @@ class Jobs:
     async def join_session(self, session_id: str, job: Job) -> None:
         """Notes a job as the latest of a session; a session remembers its last 100 jobs."""
         key = self._keys.session(session_id, job.principal)
-        await self._pipeline.run(JOIN, [key], repr(job.created_at), job.id, self._unfinished_ms, _SESSION_JOBS)
+        ttl_ms = self._unfinished_ms + int(job.delay_s * 1000)
+        await self._pipeline.run(JOIN, [key], repr(job.created_at), job.id, ttl_ms, _SESSION_JOBS)
 
     async def session_jobs(self, session_id: str, principal: str = LOCAL) -> list[str]:
         """Ids of the jobs of a principal's session, latest first; empty for an unknown session."""
@@ -281,7 +282,8 @@ class Jobs:
 
     def _record(self, job: Job) -> list[Arg]:
         grace_ms = "" if job.grace_s is None else int(job.grace_s * 1000)
-        return [msgspec.json.encode(job), self._unfinished_ms, job.fingerprint or "", grace_ms]
+        ttl_ms = self._unfinished_ms + int(job.delay_s * 1000)
+        return [msgspec.json.encode(job), ttl_ms, job.fingerprint or "", grace_ms]
 
     def _ending(self, job_id: str, finished: Finished, data: bytes) -> list[Arg]:
         outcome = _encode_outcome(finished)

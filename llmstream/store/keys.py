@@ -15,7 +15,7 @@
 {prefix}:{c:OWNER}:stats    hash    hits, misses, shared and evictions of these entries
 {prefix}:{q:POOL}:order     zset    waiting jobs by level and turn: the order of service inside a level
 {prefix}:{q:POOL}:ages      zset    the same jobs by level and time of arrival: how urgent a level is
-{prefix}:{q:POOL}:meta      hash    job -> level|arrival|principal|deadline|turn, while it waits or runs
+{prefix}:{q:POOL}:meta      hash    job -> level|arrival|principal|deadline|turn|model, while it waits or runs
 {prefix}:{q:POOL}:turns     hash    level -> turn being served, level:principal -> last turn given out
 {prefix}:{q:POOL}:claims    hash    job -> replica|claimed at|number of the claim
 {prefix}:{q:POOL}:replicas  zset    replica -> end of its lease
@@ -27,6 +27,10 @@
 {prefix}:pools              zset    every pool -> its last heartbeat by any replica
 {prefix}:{q:POOL}:unread    zset    jobs that end without readers -> when to look for these again
 {prefix}:{q:POOL}:dead      zset    jobs that failed after all their attempts, by the time of it
+{prefix}:{q:POOL}:scheduled zset    jobs that may not begin yet, by the time when they may
+{prefix}:{q:POOL}:paused    zset    jobs that wait aside until a pause ends, by level and turn
+{prefix}:{q:POOL}:control   hash    the pool's copy of what is paused and draining, and as of which version
+{prefix}:queues             hash    what is paused and draining, and the version of it
 {prefix}:{q:POOL}:hooked    hash    job -> who is to hear of its end, while it waits or runs
 {prefix}:{q:POOL}:outbox    zset    job|receiver of each event to be delivered -> when to try, or when its lease ends
 {prefix}:{q:POOL}:tries     hash    the same -> how often it was tried and what came of it
@@ -73,6 +77,9 @@ QUEUE_PARTS = (
     "stats",
     "unread",
     "dead",
+    "scheduled",
+    "paused",
+    "control",
     "hooked",
     "outbox",
 )
@@ -94,6 +101,7 @@ class Keys:
         self.stream_secret = f"{prefix}:stream_secret"
         self.revoked = f"{prefix}:revoked"
         self.over = f"{prefix}:over"
+        self.queues = f"{prefix}:queues"
 
     def job(self, job_id: str) -> str:
         return f"{self._prefix}:{{{job_id}}}:job"

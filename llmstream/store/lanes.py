@@ -13,104 +13,71 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from enum import Enum
 from typing import Any, NamedTuple
 
 from llmstream.store.connection import Arg
 from llmstream.store.keys import QUEUE_PARTS, Keys
+from llmstream.store.lane_control import CONTROL, RIPEN, SWEEP, SWEPT
+from llmstream.store.lane_lua import ANNOUNCING, PAUSING, PRELUDE, WAITING
 from llmstream.store.pipeline import Script, Sender
-from llmstream.types import LANES, MAX_PRIORITY, Job, Lane, lane_of
+from llmstream.types import LANES, MAX_PRIORITY, Job, Lane, QueueRules, lane_of
 
 DEAD_LETTERS = 1000
 """How many are kept for each pool."""
-_UNLIMITED = 2**53
+PAGE = 500
+"""Jobs looked at in one step where all of them are."""
 ANNOUNCED = 2
-
-_NAMES = "\n".join(f"local {name} = KEYS[{index}]" for index, name in enumerate(QUEUE_PARTS, 1))
-_PRELUDE = (
-    _NAMES
-    + """
-local B = 4398046511104 -- 2^42: one level in a score; above every turn and every time in milliseconds
-local function now_ms()
-  local t = redis.call('TIME')
-  return t[1] * 1000 + math.floor(t[2] / 1000)
-end
-local function fmt(number) return string.format('%.0f', number) end
--- Lets keys live for ttl more at least: a little longer, so that this need not be written at each step. A step looks
--- after those that it may have made; a heartbeat after all.
-local function keep(ttl, keys)
-  for _, key in ipairs(keys) do
-    local left = redis.call('PTTL', key)
-    if left ~= -2 and left < tonumber(ttl) then redis.call('PEXPIRE', key, fmt(ttl * 17 / 16)) end
-  end
-end
-local function split(text)
-  local parts = {}
-  for part in string.gmatch(text, '([^|]*)|?') do parts[#parts + 1] = part end
-  return parts
-end
-local function forget_waiting(id)
-  redis.call('ZREM', order, id)
-  redis.call('ZREM', ages, id)
-  redis.call('ZREM', deadlines, id)
-end
--- Puts the events that tell of a job's end into the outbox, in the step that takes it off the queue: a claim that was
--- not settled comes back to somebody, so none is lost.
-local function announce(id, now)
-  local names = redis.call('HGET', hooked, id)
-  if not names then return 0 end
-  redis.call('HDEL', hooked, id)
-  for name in string.gmatch(names, '[^,]+') do redis.call('ZADD', outbox, 'NX', fmt(now), id .. '|' .. name) end
-  return 1
-end
-local function requeue(id)
-  local m = redis.call('HGET', meta, id)
-  redis.call('HDEL', claims, id)
-  if not m then return 0 end
-  local part = split(m)
-  redis.call('ZADD', order, fmt(part[1] * B + part[5]), id)
-  redis.call('ZADD', ages, fmt(part[1] * B + part[2]), id)
-  if part[4] ~= '' then redis.call('ZADD', deadlines, part[4], id) end
-  return 1
-end
-"""
-)
 
 _PUSH = Script(
     "push",
-    _PRELUDE
+    PRELUDE
+    + WAITING
     + """
--- ARGV id, level, principal, max waiting, ttl_ms, deadline_ms or '', retention_ms, wake channel or '', pool,
--- look for readers after (ms) or '', who hears of its end or ''
-local id, level, who = ARGV[1], tonumber(ARGV[2]), ARGV[3]
-if redis.call('HEXISTS', meta, id) == 1 then return {1} end
-local waiting = redis.call('ZCARD', order)
-if waiting >= tonumber(ARGV[4]) then return {0} end
-local now = now_ms()
-local field = level .. ':' .. who
-local served = tonumber(redis.call('HGET', turns, level) or 0)
-local turn = math.max(served, tonumber(redis.call('HGET', turns, field) or 0)) + 1
-redis.call('HSET', turns, field, turn)
-redis.call('ZADD', order, fmt(level * B + turn), id)
-redis.call('ZADD', ages, fmt(level * B + now), id)
-redis.call('HSET', meta, id, level .. '|' .. fmt(now) .. '|' .. who .. '|' .. ARGV[6] .. '|' .. fmt(turn))
-if ARGV[6] ~= '' then redis.call('ZADD', deadlines, ARGV[6], id) end
+-- ARGV id, level, principal, most waiting, ttl_ms, deadline_ms or '', retention_ms, wake channel or '', pool,
+-- look for readers after (ms) or '', model, not before (ms), most scheduled, 1 if it stood there before,
+-- who hears of its end or ''
+-- -> 1 it waits or runs, 0 too many wait, 2 its lane or model is draining, 3 too many are scheduled
+local id, level, again = ARGV[1], tonumber(ARGV[2]), ARGV[14] == '1'
+if redis.call('HEXISTS', meta, id) == 1 then return 1 end
+local draining = not again and rules_of(modes[2])
+if draining and covered(draining, level, ARGV[11]) then return 2 end
+local now, due = now_ms(), tonumber(ARGV[12])
+local asleep = due > now
+if not again then
+  if asleep then
+    if redis.call('ZCARD', scheduled) >= tonumber(ARGV[13]) then return 3 end
+  elseif redis.call('ZCARD', order) + (pausing and redis.call('ZCARD', paused) or 0) >= tonumber(ARGV[4]) then
+    return 0
+  end
+end
+local part = {ARGV[2], fmt(math.max(now, due)), ARGV[3], ARGV[6], '0', ARGV[11]}
+if asleep then
+  redis.call('HSET', meta, id, table.concat(part, '|'))
+  redis.call('ZADD', scheduled, fmt(due), id)
+  if ARGV[6] ~= '' then redis.call('ZADD', deadlines, ARGV[6], id) end
+else
+  arrive(id, part)
+end
 if ARGV[10] ~= '' then redis.call('ZADD', unread, fmt(now + ARGV[10]), id) end
-if ARGV[11] ~= '' then
-  redis.call('HSET', hooked, id, ARGV[11])
-  keep(ARGV[5], {hooked})
+if ARGV[15] ~= '' then
+  redis.call('HSET', hooked, id, ARGV[15])
+  keep(ARGV[5] + math.max(0, due - now), {hooked})
 end
 redis.call('ZADD', index, fmt(now), id)
 redis.call('ZREMRANGEBYSCORE', index, '-inf', fmt(now - ARGV[7]))
-keep(ARGV[5], {order, ages, meta, turns, index, deadlines, unread})
-if ARGV[8] ~= '' then redis.call('PUBLISH', ARGV[8], ARGV[9]) end
-return {1}
+keep(ARGV[5] + math.max(0, due - now), {order, ages, meta, turns, index, deadlines, unread})
+if asleep or pausing then keep(ARGV[5] + math.max(0, due - now), {scheduled, paused}) end
+if ARGV[8] ~= '' and not asleep then redis.call('PUBLISH', ARGV[8], ARGV[9]) end
+return 1
 """,
 )
 
 _CLAIM = Script(
     "claim",
-    _PRELUDE
+    PRELUDE
+    + PAUSING
     + """
 -- ARGV replica, count, ageing_ms, ttl_ms, lease_ms, jobs it has or '', wake channel, pool, least urgency or ''
 -- -> ids, jobs left, urgency of the first one left where that ended the claim, number
@@ -129,7 +96,8 @@ if held then
     count = math.min(count, share + math.floor(share / 8) - held)
   end
 end
-for _ = 1, count do
+local aside = 0
+while #claimed < count do
   local best, best_level, cursor = nil, nil, 0
   while true do
     local oldest = redis.call('ZRANGEBYSCORE', ages, fmt(cursor), '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
@@ -148,18 +116,31 @@ for _ = 1, count do
                            'WITHSCORES', 'LIMIT', 0, 1)
   local id = first[1]
   local turn = first[2] - best_level * B
-  if turn > tonumber(redis.call('HGET', turns, best_level) or 0) then
-    redis.call('HSET', turns, best_level, fmt(turn))
+  local part = pausing and split(redis.call('HGET', meta, id) or '')
+  if part and part[6] and covered(pausing, best_level, part[6]) then
+    -- It came before the pause did.
+    forget_waiting(id)
+    wait(id, part)
+    aside = aside + 1
+    if aside == 500 then
+      first_left = fmt(best)
+      break
+    end
+  else
+    if turn > tonumber(redis.call('HGET', turns, best_level) or 0) then
+      redis.call('HSET', turns, best_level, fmt(turn))
+    end
+    forget_waiting(id)
+    redis.call('HSET', claims, id, ARGV[1] .. '|' .. now .. '|' .. fmt(number))
+    claimed[#claimed + 1] = id
   end
-  forget_waiting(id)
-  redis.call('HSET', claims, id, ARGV[1] .. '|' .. now .. '|' .. fmt(number))
-  claimed[#claimed + 1] = id
 end
+if aside > 0 then keep(ARGV[4], {paused, deadlines}) end
 if #claimed > 0 then
   redis.call('HSET', stats, 'last_claim', fmt(number))
   -- A claim always stands under a lease, also where the replica was away and its own one is gone.
   redis.call('ZADD', replicas, 'NX', fmt(now + ARGV[5]), ARGV[1])
-  if redis.call('ZCARD', order) == 0 then redis.call('DEL', turns) end
+  if redis.call('ZCARD', order) == 0 and redis.call('ZCARD', paused) == 0 then redis.call('DEL', turns) end
   keep(ARGV[4], {claims, turns, stats, replicas})
 end
 local left = redis.call('ZCARD', order)
@@ -172,7 +153,7 @@ return {claimed, left, left == 0 and 'inf' or first_left, number}
 
 _RECLAIM = Script(
     "reclaim",
-    _PRELUDE
+    PRELUDE
     + """
 -- ARGV replica, lease_ms, ttl_ms, then of each running job whose claim was lost: id, what makes its meta, after how
 -- many ms to look for its readers or '', number of the claim, who hears of its end or ''.
@@ -182,12 +163,13 @@ for i = 4, #ARGV, 5 do
   if redis.call('HEXISTS', claims, id) == 0 then
     if redis.call('HEXISTS', meta, id) == 0 then
       local part = split(ARGV[i + 1])
-      redis.call('HSET', meta, id, part[1] .. '|' .. fmt(now) .. '|' .. part[2] .. '|' .. part[3] .. '|0')
+      redis.call('HSET', meta, id, part[1] .. '|' .. fmt(now) .. '|' .. part[2] .. '|' .. part[3] .. '|0|' .. part[4])
       redis.call('ZADD', index, 'NX', fmt(now), id)
       if ARGV[i + 2] ~= '' then redis.call('ZADD', unread, fmt(now + ARGV[i + 2]), id) end
       if ARGV[i + 4] ~= '' then redis.call('HSET', hooked, id, ARGV[i + 4]) end
     end
     forget_waiting(id)
+    forget_aside(id)
     redis.call('HSET', claims, id, ARGV[1] .. '|' .. fmt(now) .. '|' .. ARGV[i + 3])
   end
 end
@@ -199,7 +181,8 @@ return 1
 
 _SETTLE = Script(
     "settle",
-    _PRELUDE
+    PRELUDE
+    + ANNOUNCING
     + """
 -- ARGV id, replica, ttl_ms, 1 for a dead letter, retention_ms, dead letters kept, number of the claim.
 -- The job needs no more work; its service time goes into the measured rate. Only the claim it was found under is meant:
@@ -230,7 +213,8 @@ return 1 + announced
 
 _RELEASE = Script(
     "release",
-    _PRELUDE
+    PRELUDE
+    + WAITING
     + """
 -- ARGV id, replica, ttl_ms, wake channel or '', pool. Back to the front of its level, for anybody.
 local claim = redis.call('HGET', claims, ARGV[1])
@@ -244,7 +228,8 @@ return 1
 
 _REMOVE = Script(
     "remove",
-    _PRELUDE
+    PRELUDE
+    + ANNOUNCING
     + """
 -- ARGV id, ttl_ms, who hears of the end of a job that may have ended before it came into line, or ''.
 -- Takes a cancelled job out; a running one stays claimed until its owner lets go.
@@ -255,6 +240,7 @@ redis.call('PEXPIRE', cancels, ARGV[2])
 redis.call('ZREM', unread, ARGV[1])
 if redis.call('HEXISTS', claims, ARGV[1]) == 1 then return 0 end
 forget_waiting(ARGV[1])
+forget_aside(ARGV[1])
 local waited = redis.call('HDEL', meta, ARGV[1])
 if waited == 0 and ARGV[3] ~= '' then redis.call('HSET', hooked, ARGV[1], ARGV[3]) end
 if announce(ARGV[1], now) == 1 then keep(ARGV[2], {outbox}) end
@@ -264,10 +250,14 @@ return waited
 
 _HEARTBEAT = Script(
     "heartbeat",
-    _PRELUDE
+    PRELUDE
+    + WAITING
     + """
--- ARGV replica, slots, lease_ms, ttl_ms, cancelled since (ms) -> now, taken back, overdue, cancelled, unread
+-- ARGV replica, slots, lease_ms, ttl_ms, cancelled since (ms), wake channel, pool
+-- -> now, taken back, overdue, cancelled, unread, begin of the next scheduled job or '', version of the rules, that
+-- up to which the queue was looked through
 local now = now_ms()
+if ripen(now, 500) > 0 then redis.call('PUBLISH', ARGV[6], ARGV[7]) end
 local own = redis.call('ZSCORE', replicas, ARGV[1])
 -- Our own lease lapsed too: the store was away, or we were. Everybody gets the time to come back.
 local away = own and tonumber(own) <= now
@@ -292,7 +282,8 @@ local cancelled = redis.call('ZRANGEBYSCORE', cancels, ARGV[5], '+inf')
 local lonely = redis.call('ZRANGEBYSCORE', unread, '-inf', fmt(now), 'LIMIT', 0, 100)
 -- One replica looks at a time; should it die meanwhile, the next does.
 for _, id in ipairs(lonely) do redis.call('ZADD', unread, fmt(now + ARGV[3]), id) end
-return {fmt(now), taken, overdue, cancelled, lonely}
+local known = redis.call('HMGET', control, 'version', 'swept')
+return {fmt(now), taken, overdue, cancelled, lonely, next_ripe(), known[1] or '0', known[2] or '0'}
 """,
 )
 
@@ -308,7 +299,8 @@ redis.call('PEXPIRE', KEYS[1], ARGV[3])
 
 _LEAVE = Script(
     "leave",
-    _PRELUDE
+    PRELUDE
+    + WAITING
     + """
 -- ARGV replica, ttl_ms, wake channel, pool. A replica goes: whatever it still holds is for the others.
 local all = redis.call('HGETALL', claims)
@@ -325,16 +317,19 @@ return 1
 
 _POSITION = Script(
     "position",
-    _PRELUDE
+    PRELUDE
     + """
 -- ARGV id, ageing_ms, urgency of a job that waits elsewhere or ''
--- -> jobs ahead, mean service ms, slots; -1 ahead: it is not waiting
+-- -> jobs ahead, mean service ms, slots; -1 ahead: it is not waiting, -2: it is paused; then when it may begin or ''
 local mean, offered = redis.call('HGET', stats, 'service_ms') or '', 0
 for _, n in ipairs(redis.call('HVALS', slots)) do offered = offered + n end
 local urgency, level, ahead = tonumber(ARGV[3]), nil, 0
 if not urgency then
   local score = redis.call('ZSCORE', order, ARGV[1])
-  if not score then return {-1, mean, offered} end
+  if not score then
+    local due = redis.call('ZSCORE', scheduled, ARGV[1])
+    return {redis.call('ZSCORE', paused, ARGV[1]) and -2 or -1, mean, offered, due or ''}
+  end
   level = math.floor(score / B)
   ahead = redis.call('ZCOUNT', order, fmt(level * B), '(' .. fmt(tonumber(score)))
   urgency = redis.call('ZSCORE', ages, ARGV[1]) - level * B + level * ARGV[2]
@@ -346,21 +341,22 @@ for other = 0, 20 do
     if upto > 0 then ahead = ahead + redis.call('ZCOUNT', ages, fmt(other * B), '(' .. fmt(other * B + upto)) end
   end
 end
-return {ahead, mean, offered}
+return {ahead, mean, offered, ''}
 """,
 )
 
 _CENSUS = Script(
     "census",
-    _PRELUDE
+    PRELUDE
     + """
--- waiting per level, running, replicas with slots, mean service ms, served
+-- waiting per level, running, replicas with slots, mean service ms, served, scheduled, paused
 local waiting = {}
 for level = 0, 20 do
   waiting[level + 1] = redis.call('ZCOUNT', order, fmt(level * B), '(' .. fmt((level + 1) * B))
 end
 return {waiting, redis.call('HVALS', claims), redis.call('HGETALL', slots),
-        redis.call('HGET', stats, 'service_ms') or '', redis.call('HGET', stats, 'served') or '0'}
+        redis.call('HGET', stats, 'service_ms') or '', redis.call('HGET', stats, 'served') or '0',
+        redis.call('ZCARD', scheduled), redis.call('ZCARD', paused)}
 """,
 )
 
@@ -373,6 +369,10 @@ class Standing(NamedTuple):
     service_s: float | None
     """Mean time a slot is busy with one job; None before the first was measured."""
     slots: int
+    paused: bool = False
+    """Whether it waits aside until a pause ends."""
+    not_before: float | None = None
+    """When it may begin, in seconds since the epoch, if that is still to come."""
 
     @property
     def eta_s(self) -> float | None:
@@ -404,6 +404,12 @@ class Pulse(NamedTuple):
     cancelled: list[str]
     unread: list[str]
     """Jobs for whose readers it is time to look."""
+    next_ms: int | None
+    """When the next scheduled job may begin, in milliseconds since the epoch."""
+    version: int
+    """Which rules the queue has."""
+    swept: int
+    """Up to which rules all that waits was looked through."""
 
 
 class Census(NamedTuple):
@@ -414,6 +420,32 @@ class Census(NamedTuple):
     """Slots by living replica."""
     service_s: float | None
     served: int
+    scheduled: int
+    """Jobs whose time to begin is still to come."""
+    paused: int
+    """Jobs that wait aside until a pause ends. They are not among the ``waiting``."""
+
+
+class Pushed(Enum):
+    """What became of a job that was to be put in line; true when it stands there."""
+
+    FULL = 0
+    ACCEPTED = 1
+    DRAINING = 2
+    TOO_MANY_SCHEDULED = 3
+
+    def __bool__(self) -> bool:
+        return self is Pushed.ACCEPTED
+
+
+class Lives(NamedTuple):
+    """A job that waits or runs."""
+
+    id: str
+    priority: int
+    principal: str
+    model: str
+    running: bool
 
 
 class Lanes:
@@ -427,6 +459,7 @@ class Lanes:
         *,
         ageing_s: float,
         max_waiting: int,
+        max_scheduled: int = 10_000,
         lease_s: float,
         ttl_s: float,
         retention_s: float,
@@ -438,34 +471,39 @@ class Lanes:
         self._wake = keys.wake
         self._ageing_ms = int(ageing_s * 1000)
         self._max_waiting = max_waiting
+        self._max_scheduled = max_scheduled
         self._lease_ms = int(lease_s * 1000)
         self._ttl_ms = int(ttl_s * 1000)
         self._retention_ms = int(max(retention_s, ttl_s) * 1000)
 
-    async def push(self, job: Job, unread_s: float | None = None, *, wake: bool = True, again: bool = False) -> bool:
-        """Puts an accepted job in line; repeating it changes nothing. False when the queue is full.
+    async def push(self, job: Job, unread_s: float | None = None, *, wake: bool = True, again: bool = False) -> Pushed:
+        """Puts an accepted job in line; repeating it changes nothing. Before its time it waits beside the line.
 
         After ``unread_s`` a heartbeat brings the job back to look for its readers. ``wake`` tells all replicas; without
         it they find the job at their next heartbeat, unless the caller takes it. ``again`` says that it stood there
         before, so that it is never refused.
         """
-        level, principal, deadline = _meta(job)
+        level, principal, deadline, model = _meta(job)
         reply = await self._pipeline.run(
             _PUSH,
             self._keys,
             job.id,
             level,
             principal,
-            _UNLIMITED if again else self._max_waiting,
+            self._max_waiting,
             self._ttl_ms,
             deadline,
             self._retention_ms,
             self._wake if wake else "",
             self.pool,
             "" if unread_s is None else int(unread_s * 1000),
+            model,
+            0 if job.not_before is None else math.ceil(job.not_before * 1000),
+            self._max_scheduled,
+            int(again),
             ",".join(job.receivers),
         )
-        return bool(reply[0])
+        return Pushed(reply)
 
     async def look_again(self, job_id: str, at_ms: int) -> None:
         """Sets when to look next for the readers of a job that is not over."""
@@ -533,11 +571,42 @@ class Lanes:
 
     async def heartbeat(self, replica: str, slots: int, lease_s: float, cancelled_since_ms: int) -> Pulse:
         """Renews the lease of all claims of a replica and takes back those of lapsed ones."""
-        now, taken, *found = await self._pipeline.run(
-            _HEARTBEAT, self._keys, replica, slots, int(lease_s * 1000), self._ttl_ms, cancelled_since_ms
-        )
+        step = (replica, slots, int(lease_s * 1000), self._ttl_ms, cancelled_since_ms, self._wake, self.pool)
+        now, taken, *found, next_ms, version, swept = await self._pipeline.run(_HEARTBEAT, self._keys, *step)
         await self._pipeline.run(_SEEN, [self._pools], self.pool, int(now), self._ttl_ms)
-        return Pulse(int(now), taken, *([raw.decode() for raw in ids] for ids in found))
+        overdue, cancelled, unread = ([raw.decode() for raw in ids] for ids in found)
+        return Pulse(int(now), taken, overdue, cancelled, unread, _moment(next_ms), int(version), int(swept))
+
+    async def ripen(self) -> tuple[int, int | None]:
+        """Lets those wait in line whose time has come; everybody is told. Returns the store's time, and when the next
+        one's comes, in milliseconds since the epoch."""
+        now, next_ms = await self._pipeline.run(RIPEN, self._keys, self._ttl_ms, self._wake, self.pool)
+        return int(now), _moment(next_ms)
+
+    async def control(self, rules: QueueRules) -> None:
+        """From here on the queue has these rules, unless it has later ones. What waits is sorted by :meth:`sweep`, but
+        none of it is claimed against them."""
+        await self._pipeline.run(CONTROL, self._keys, rules.version, rules.lines("paused"), rules.lines("draining"))
+
+    async def sweep(self, version: int) -> None:
+        """Puts aside what is paused and back in line what is not any more, in pages of bounded work."""
+        for part in ("paused", "order"):
+            start: bytes | str = "-inf"
+            while start:
+                start = await self._pipeline.run(SWEEP, self._keys, part, start, self._ttl_ms, self._wake, self.pool)
+        await self._pipeline.run(SWEPT, self._keys, version)
+
+    async def alive(self) -> AsyncIterator[list[Lives]]:
+        """All jobs that wait or run, in pages; one that comes or goes meanwhile may be missing, or there twice."""
+        cursor = b"0"
+        while True:
+            cursor, flat = await self._pipeline.call("HSCAN", self._key("meta"), cursor, "COUNT", PAGE)
+            ids, metas = flat[::2], flat[1::2]
+            if ids:
+                claims = await self._pipeline.call("HMGET", self._key("claims"), *ids)
+                yield [_lives(*found) for found in zip(ids, metas, claims, strict=True)]
+            if cursor == b"0":
+                return
 
     async def leave(self, replica: str) -> None:
         """Ends a replica's lease at once."""
@@ -551,12 +620,15 @@ class Lanes:
 
     async def standing(self, job_id: str, urgency: float = math.inf) -> Standing:
         """Position and measured service rate; with ``urgency``, of a job that waits elsewhere."""
-        ahead, mean, slots = await self._pipeline.run(_POSITION, self._keys, job_id, self._ageing_ms, _finite(urgency))
-        return Standing(None if ahead < 0 else ahead, _seconds(mean), int(slots))
+        ahead, mean, slots, due = await self._pipeline.run(
+            _POSITION, self._keys, job_id, self._ageing_ms, _finite(urgency)
+        )
+        not_before = float(due) / 1000 if due else None
+        return Standing(None if ahead < 0 else ahead, _seconds(mean), int(slots), ahead == -2, not_before)
 
     async def census(self) -> Census:
         """Counts for ``/stats``."""
-        levels, claims, slots, mean, served = await self._pipeline.run(_CENSUS, self._keys)
+        levels, claims, slots, mean, served, scheduled, paused = await self._pipeline.run(_CENSUS, self._keys)
         waiting: dict[Lane, int] = dict.fromkeys(LANES, 0)
         for level, count in enumerate(levels):
             waiting[lane_of(MAX_PRIORITY - level)] += count
@@ -565,7 +637,7 @@ class Lanes:
             owner = claim.decode().partition("|")[0]
             running[owner] = running.get(owner, 0) + 1
         offered = {name.decode(): int(count) for name, count in zip(slots[::2], slots[1::2], strict=True)}
-        return Census(waiting, running, offered, _seconds(mean), int(served))
+        return Census(waiting, running, offered, _seconds(mean), int(served), scheduled, paused)
 
     async def recent(self, limit: int) -> list[str]:
         """Ids of the pool's jobs, newest first."""
@@ -576,10 +648,27 @@ class Lanes:
         return self._keys[QUEUE_PARTS.index(part)]
 
 
-def _meta(job: Job) -> tuple[int, str, int | str]:
-    """A job's level, principal and deadline in milliseconds."""
+def _meta(job: Job) -> tuple[int, str, int | str, str]:
+    """A job's level, principal, deadline in milliseconds and model."""
     deadline = "" if job.expires_at is None else int(job.expires_at * 1000)
-    return MAX_PRIORITY - job.priority, job.principal.replace("|", "%7C"), deadline
+    return MAX_PRIORITY - job.priority, _part(job.principal), deadline, _part(job.request.model)
+
+
+def _part(text: str) -> str:
+    return text.replace("%", "%25").replace("|", "%7C")
+
+
+def _lives(job_id: bytes, meta: bytes, claim: bytes | None) -> Lives:
+    level, _, principal, _, _, model, *_ = [*meta.decode().split("|"), ""]
+    return Lives(job_id.decode(), MAX_PRIORITY - int(level), _whole(principal), _whole(model), claim is not None)
+
+
+def _whole(part: str) -> str:
+    return part.replace("%7C", "|").replace("%25", "%")
+
+
+def _moment(text: bytes) -> int | None:
+    return int(float(text)) if text else None
 
 
 def _finite(urgency: float) -> int | str:

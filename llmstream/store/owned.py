@@ -22,7 +22,7 @@ _NOTE = Script(
 -- KEYS jobs; ARGV ttl_ms, jobs kept, then created at and id of each new job.
 redis.call('ZADD', KEYS[1], unpack(ARGV, 3))
 redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -ARGV[2] - 1)
-redis.call('PEXPIRE', KEYS[1], ARGV[1])
+if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[1]) then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
 """,
 )
 
@@ -37,12 +37,15 @@ class Owned:
         self._keys = keys
         self._ttl_ms = int(ttl_s * 1000)
         self._new: dict[str, list[Arg]] = {}
+        self._delay_s = 0.0
+        """The longest time that one of these jobs sleeps before it begins."""
         self._flying: set[asyncio.Future[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     def note(self, job: Job) -> None:
         """Notes a job as the latest of its principal; nobody waits for it."""
         self._new.setdefault(job.principal, []).extend((repr(job.created_at), job.id))
+        self._delay_s = max(self._delay_s, job.delay_s)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(GATHER_S, self.flush)
 
@@ -60,8 +63,9 @@ class Owned:
             self._timer.cancel()
             self._timer = None
         noted, self._new = self._new, {}
+        ttl_ms, self._delay_s = self._ttl_ms + int(self._delay_s * 1000), 0.0
         for principal, jobs in noted.items():
-            step = (self._ttl_ms, OWNED_JOBS, *jobs[-2 * OWNED_JOBS :])
+            step = (ttl_ms, OWNED_JOBS, *jobs[-2 * OWNED_JOBS :])
             noting = self._pipeline.run(_NOTE, [self._keys.owned(principal)], *step)
             self._flying.add(noting)
             noting.add_done_callback(self._landed)

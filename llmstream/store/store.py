@@ -17,6 +17,7 @@ from llmstream.store.breakers import Breakers, Policy
 from llmstream.store.budgets import Budgets
 from llmstream.store.cache import CacheIndex
 from llmstream.store.cluster import Cluster
+from llmstream.store.control import Control
 from llmstream.store.embedded import EmbeddedStore
 from llmstream.store.jobs import Jobs
 from llmstream.store.keys import Keys
@@ -81,6 +82,7 @@ class Store:
             outage_s=settings.outage_s,
         )
         self.readers = Readers(self.writes, self.keys)
+        self.control = Control(self.writes, self.keys)
         self.rate_limits = RateLimits(self.writes, self.keys)
         self.owned = Owned(self.writes, self.keys, ttl_s=settings.unfinished_retention_s)
         self.api_keys = ApiKeys(self.writes, self._surest, self.keys)
@@ -116,6 +118,7 @@ class Store:
             pool,
             ageing_s=settings.ageing_s,
             max_waiting=settings.max_waiting,
+            max_scheduled=settings.max_scheduled,
             lease_s=settings.lease_s,
             ttl_s=self._settings.unfinished_retention_s,
             retention_s=self._settings.retention_s,

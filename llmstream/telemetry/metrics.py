@@ -142,10 +142,14 @@ class Metrics:
             ("model", "provider", "outcome"),
         )
         self.queue_wait = Histogram(
-            "llmstream_queue_wait_seconds", "From acceptance to the start of the first attempt.", ("pool", "lane")
+            "llmstream_queue_wait_seconds",
+            "From acceptance, or from not_before, to the start of the first attempt.",
+            ("pool", "lane"),
         )
         self.first_token = Histogram(
-            "llmstream_time_to_first_token_seconds", "From acceptance to the first token, waiting included.", ("model",)
+            "llmstream_time_to_first_token_seconds",
+            "From acceptance, or from not_before, to the first token, waiting included.",
+            ("model",),
         )
         self.gaps = Histogram(
             "llmstream_inter_token_seconds",
@@ -178,6 +182,21 @@ class Metrics:
             "Jobs that wait in the store's queue: the same number on every replica.",
             ("pool", "lane"),
             "max",
+        )
+        self.scheduled = Gauge(
+            "llmstream_jobs_scheduled",
+            "Jobs whose time to begin (not_before) is still to come: the same number on every replica.",
+            ("pool",),
+            "max",
+        )
+        self.paused = Gauge(
+            "llmstream_jobs_paused",
+            "Jobs that wait aside until a pause ends, and are not among the waiting: the same number on every replica.",
+            ("pool",),
+            "max",
+        )
+        self.queue_rules = Gauge(
+            "llmstream_queue_rules", "Pauses and drains that hold, by mode: paused, draining.", ("mode",), "max"
         )
         self.memory_waiting = Gauge(
             "llmstream_memory_jobs_waiting", "Jobs of durability memory that wait in this process.", ("pool",)

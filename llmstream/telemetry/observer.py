@@ -95,7 +95,7 @@ class Observer:
         """Attempt ``number`` of a job begins at ``at`` seconds since the epoch; ``again`` where this replica made the
         one before."""
         if number == 1:
-            self.metrics.queue_wait.of(job.pool, job.lane).add(max(0.0, at - job.created_at))
+            self.metrics.queue_wait.of(job.pool, job.lane).add(max(0.0, at - job.created_at - job.delay_s))
             if self.tracing is not None:
                 self.tracing.waited(job, at)
         elif not again:
@@ -161,7 +161,7 @@ class Attempt:
         """The first token is here."""
         self.first_token_at = time.time()
         if self.fresh:
-            waited = max(0.0, self.first_token_at - self.job.created_at)
+            waited = max(0.0, self.first_token_at - self.job.created_at - self.job.delay_s)
             self._observer.metrics.first_token.of(self._model).add(waited)
 
     def gap(self, seconds: float) -> None:

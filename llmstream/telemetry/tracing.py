@@ -140,9 +140,9 @@ class Tracing:
         if attempt.first_token_at is not None:
             self._first_chunk.record(max(0.0, attempt.first_token_at - attempt.at), common)
             if attempt.fresh:
-                self._first_token.record(max(0.0, attempt.first_token_at - job.created_at), common)
+                self._first_token.record(max(0.0, attempt.first_token_at - job.created_at - job.delay_s), common)
         if outcome in {"completed", "incomplete", "failed", "cancelled"}:
-            self._served.record(max(0.0, now - job.created_at), common)
+            self._served.record(max(0.0, now - job.created_at - job.delay_s), common)
 
     def _span(
         self,

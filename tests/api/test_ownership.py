@@ -69,6 +69,10 @@ LISTING = {
     ("GET", "/webhooks/deliveries"),
 }
 """Could name another's jobs."""
+BY_FILTER = {("POST", "/jobs/cancel")}
+"""Could end another's jobs."""
+FOR_ADMINS = {("GET", "/queues"), ("POST", "/queues/pause"), ("POST", "/queues/drain"), ("POST", "/queues/resume")}
+"""Holds up everybody's jobs, or names them."""
 HARMLESS = {
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
@@ -165,7 +169,7 @@ def keyed_settings_anywhere() -> Any:
 
 async def test_every_route_has_a_decision() -> None:
     """Each route is in one of this file's tables, and its handler says who may call it."""
-    assert routes() == WITH_AN_ID | SUBMITTING | set(ASKING) | LISTING | HARMLESS
+    assert routes() == WITH_AN_ID | SUBMITTING | set(ASKING) | LISTING | BY_FILTER | FOR_ADMINS | HARMLESS
     app: web.Application = create_app(keyed_settings_anywhere())
     undecided = [route for route in app.router.routes() if route.handler not in RULES]
     assert undecided == []
@@ -348,6 +352,32 @@ async def test_no_list_names_the_jobs(victim: Victim, method: str, path: str) ->
     if path == "/jobs/dead":
         for name in ("alice", "admin"):
             assert [row["task_id"] for row in json.loads(texts[name])["data"]] == [victim.failed["task_id"]]
+
+
+@pytest.mark.parametrize(
+    "words", [{"all": True}, {"principal": "alice"}, {"session_id": "demo"}, {"model": "*"}, {"status": "in_progress"}]
+)
+async def test_no_filter_reaches_the_jobs(victim: Victim, words: Json) -> None:
+    """Whatever a filter says, it ends jobs of whoever sends it and no others, and does not name them."""
+    before = await victim.states()
+    for who, allowed in (("bob", 200), ("reader", 403)):
+        async with client(victim.server, secret(who)) as http, http.post("/jobs/cancel", json=words) as response:
+            text = await response.text()
+            assert response.status == allowed, text
+        assert not [word for word in victim.ids if word in text]
+    assert await victim.states() == before
+
+
+@pytest.mark.parametrize(("method", "path"), sorted(FOR_ADMINS))
+async def test_only_admins_hold_up_jobs(victim: Victim, method: str, path: str) -> None:
+    """Keys without the scope are refused, and nothing is paused."""
+    for _, headers, at_most in attackers():
+        async with (
+            aiohttp.ClientSession(victim.server.url, headers=headers) as http,
+            http.request(method, path, json={}) as response,
+        ):
+            assert response.status == (401 if at_most == 401 else 403)
+    assert (await victim.server.gateway.control.look()).rules == ()
 
 
 async def test_a_secret_is_its_principals(victim: Victim) -> None:

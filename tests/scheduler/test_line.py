@@ -6,7 +6,7 @@ import math
 import time
 from itertools import count
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llmstream.config import SchedulerSettings
@@ -39,6 +39,7 @@ def make_job(number: int = 0, priority: int = 0, principal: str = "a", expires_a
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
+@example(steps=[(0, "a"), 0, (0, "a"), (0, "b")])
 async def test_the_order_is_the_stores(store: Store, steps: list[tuple[int, str] | str | int]) -> None:
     """Whatever comes, is served and leaves, the line serves the same jobs in the same order as a lane in the store, and
     counts the same ones ahead of each."""
@@ -98,3 +99,21 @@ def test_overdue() -> None:
     for number, deadline in enumerate((None, 5.0, 7.0)):
         line.push(make_job(number, expires_at=deadline), number)
     assert line.overdue(6.0) == ["00001"]
+
+
+def test_paused_jobs_keep_their_places() -> None:
+    """What is paused is not served, whether it came before or after the pause; it can leave; resumed, the order is as
+    if nothing had been."""
+    line, paused = Line(ageing_s=10), make_job(1)
+    for number in (1, 2, 3, 4):
+        line.push(make_job(number), number)
+    line.hold(lambda job: job.id in ("00001", "00003", "00005"))
+    line.push(make_job(5), 5)
+    assert line.aside == {"00001", "00003", "00005"}
+    assert line.standing(paused.id) is None
+    assert [line.pop(), line.pop()] == ["00002", "00004"]
+    assert (line.urgency, len(line)) == (math.inf, 3)
+    line.remove("00003")
+    line.hold(lambda job: False)
+    assert [line.pop(), line.pop()] == ["00001", "00005"]
+    assert not line.aside

@@ -15,8 +15,9 @@ from typing import Any
 from unittest.mock import patch
 
 from llmstream.gateway import Gateway
+from llmstream.scheduler.control import QueueControl
 from llmstream.scheduler.scheduler import Scheduler
-from llmstream.store import job_scripts, lanes
+from llmstream.store import job_scripts, lane_control, lanes
 from llmstream.store.jobs import Jobs
 from llmstream.store.pipeline import Pipeline, Script
 from llmstream.store.writer import Writer
@@ -26,6 +27,7 @@ LIMIT = 2_000
 """So many schedules without a fault mean that nobody noticed."""
 Simulate = Callable[[int], Outcome]
 FORGETS: Mapping[str, Any] = {"forgets": True}
+HELD: Mapping[str, Any] = {"held": True}
 UNORDERED: Mapping[str, Any] = {"ordered": False}
 
 
@@ -134,6 +136,13 @@ MUTATIONS = {
     "lapse of a lease": Mutation(lanes._HEARTBEAT, "then taken = taken + requeue(all[i]) end", "then end"),
     "only the lapsed": Mutation(lanes._HEARTBEAT, "if split(all[i + 1])[1] == lapsed then", "if true then"),
     "comparing claims": Mutation(Scheduler._beat, "await self._reconcile(pool)", "pass"),
+    # what is scheduled and paused
+    "asleep until its time": Mutation(lanes._PUSH, "local asleep = due > now", "local asleep = false", world=HELD),
+    "awake at its time": Mutation(lane_control.RIPEN, "ripen(now, 500) > 0", "ripen(now + 1000, 500) > 0", world=HELD),
+    "back in line": Mutation(lane_control.SWEEP, "if part then wait(id, part) end", world=HELD),
+    "pause on record": Mutation(
+        QueueControl._spread, "await asyncio.gather(*(lanes.control(rules) for lanes in queues))", "pass", world=HELD
+    ),
     # the outbox
     "telling of a settled job": Mutation(
         lanes._SETTLE, "local announced = announce(ARGV[1], now)", "local announced = 0"

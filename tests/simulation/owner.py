@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -15,7 +15,7 @@ from llmstream.config import DeadlineSettings, ModelSettings, RetrySettings, Sch
 from llmstream.config_webhooks import ReceiverSettings
 from llmstream.duplicates import Identity
 from llmstream.errors import NotFound, StoreUnavailable
-from llmstream.gateway import Gateway
+from llmstream.gateway import Gateway, Submission
 from llmstream.providers.echo import EchoProvider
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
@@ -27,7 +27,7 @@ from llmstream.store.presence import Presence
 from llmstream.store.recent import Recent
 from llmstream.store.store import Store
 from llmstream.telemetry.metrics import Metrics
-from llmstream.types import Clock, Job
+from llmstream.types import Clock, Job, Lane
 from llmstream.webhooks.dispatcher import Dispatcher
 from llmstream.webhooks.receivers import Receivers
 from llmstream.webhooks.sender import Sender
@@ -151,6 +151,8 @@ class Client:
         self.cancelled: set[str] = set()
         self.told: dict[str, str] = {}
         """How jobs have ended, as far as an answer said so."""
+        self.paused: tuple[Lane | None, str | None] | None = None
+        """What is paused, as far as an answer said so."""
         nothing = Router([])
         clock = self._clock
         idle = Scheduler(
@@ -167,6 +169,9 @@ class Client:
 
     def submit(self, job: Job) -> None:
         self._run(self._submit(job))
+
+    def pause(self, lane: Lane | None, model: str | None, seconds: float) -> None:
+        self._run(self._pause(lane, model, seconds))
 
     def cancel(self, job_id: str) -> None:
         self.cancelled.add(job_id)
@@ -190,14 +195,26 @@ class Client:
 
     async def _submit(self, job: Job) -> None:
         identity = Identity(fingerprint=job.id, job_id=job.id)
-        deadline_s = None if job.expires_at is None else job.expires_at - EPOCH
+        given = Submission(
+            priority=job.priority,
+            deadline_s=None if job.expires_at is None else job.expires_at - EPOCH,
+            not_before=job.not_before,
+        )
         while True:
             try:
-                await self._gateway.submit(job.request, priority=job.priority, deadline_s=deadline_s, identity=identity)
+                await self._gateway.submit(job.request, identity=identity, **given)
             except StoreUnavailable:
                 await asyncio.sleep(RETRY_S)
             else:
                 return
+
+    async def _pause(self, lane: Lane | None, model: str | None, seconds: float) -> None:
+        control = self._gateway.control
+        await _insist(lambda: control.hold("paused", lane, model, "client"))
+        self.paused = (lane, model)
+        await asyncio.sleep(seconds)
+        self.paused = None
+        await _insist(control.resume_all)
 
     async def _cancel(self, job_id: str) -> None:
         while True:
@@ -207,3 +224,13 @@ class Client:
                 await asyncio.sleep(RETRY_S)
             else:
                 return
+
+
+async def _insist(step: Callable[[], Awaitable[object]]) -> None:
+    while True:
+        try:
+            await step()
+        except StoreUnavailable:
+            await asyncio.sleep(RETRY_S)
+        else:
+            return

@@ -13,7 +13,7 @@ from llmstream.types import BEGINNING, TERMINAL, Delta, Event, EventId, Finished
 from tests.replica import tokens
 from tests.simulation.memory import Memory
 
-LEFT_EMPTY = ("order", "ages", "meta", "claims", "deadlines", "hooked")
+LEFT_EMPTY = ("order", "ages", "meta", "claims", "deadlines", "scheduled", "paused", "hooked")
 RECEIVER = "audit"
 """Is to hear of every job's end."""
 """Parts of a queue that hold nothing when every job has ended."""

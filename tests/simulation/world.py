@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from llmstream.store.channel import Channel
-from llmstream.types import GenerateRequest, Job
+from llmstream.store.keys import QUEUE_PARTS
+from llmstream.types import GenerateRequest, Job, Lane, QueueRule
 from tests.simulation.loop import OUTSIDE, VirtualLoop
 from tests.simulation.lua import Mutate
 from tests.simulation.network import EPOCH, Executed, Server
 from tests.simulation.owner import MAX_ATTEMPTS, MODEL, Client, Owner
-from tests.simulation.truths import Limits, Seen, broken, is_terminal, queue_is_empty, record_of
+from tests.simulation.truths import KEYS, Limits, Seen, broken, is_terminal, queue_is_empty, record_of
 
 CHAOS_S = 2.0
 """Until then things may begin to go wrong."""
@@ -70,6 +71,7 @@ class World:
         loss: float | None = None,
         forgets: bool | None = None,
         strike: tuple[str, str] | None = None,
+        held: bool | None = None,
     ) -> None:
         self.rng = random.Random(seed)
         self.loop = VirtualLoop()  # type: ignore[abstract]  # nobody asks for the rest
@@ -77,6 +79,10 @@ class World:
         if traced:
             self.server.trace = []
         self.seen = Seen(self.server.memory)
+        self._held = random.Random(f"held {seed}") if (seed % 5 == 0 if held is None else held) else None
+        """Decides what is scheduled and paused, where anything is."""
+        self._claims = KEYS.queue(MODEL)[QUEUE_PARTS.index("claims")].encode()
+        self._too_early: list[str] = []
         self._loss = loss
         self._forgets = self.rng.random() < 0.1 if forgets is None else forgets
         """Whether the store comes back without its last writes."""
@@ -128,6 +134,7 @@ class World:
                 forgets=self._forgets and not self._alone,
             ),
         )
+        yield from self._too_early
         for uncaught in loop.errors:
             yield f"uncaught: {uncaught.get('exception') or uncaught}"
         for task in self.client.tasks:
@@ -162,6 +169,35 @@ class World:
             self._traps += 1
             self._at(when, f"lose-answer {name}", self.server.traps.append, name)
         self._add_outages()
+        if self._held is not None:
+            self._add_pause(self._held)
+
+    def _add_pause(self, rng: random.Random) -> None:
+        """Something is paused for a while; what must not begin is looked for at every claim."""
+        commands = self.server.memory.commands
+        write = commands[b"HSET"]
+
+        def watched(key: bytes, *pairs: bytes) -> int:
+            if key == self._claims:
+                self._note_claim(pairs[0].decode())
+            written: int = write(key, *pairs)
+            return written
+
+        commands[b"HSET"] = watched
+        lanes: tuple[Lane | None, ...] = (None, "high", "default", "low")
+        lane, model = rng.choice(lanes), rng.choice((None, MODEL, f"{MODEL[0]}*", "another"))
+        when, seconds = rng.uniform(0, BEGINNING_S), rng.uniform(0.1, CHAOS_S)
+        self._at(when, f"pause {lane} {model} for {seconds:.3f} s", self.client.pause, lane, model, seconds)
+
+    def _note_claim(self, job_id: str) -> None:
+        job = next(each for each in self.jobs if each.id == job_id)
+        now = self.server.memory.now_ms / 1000
+        if job.not_before is not None and now < job.not_before:
+            self._too_early.append(f"job {job_id} was claimed {job.not_before - now:.3f} s before its time")
+        if self.client.paused is not None and not self._forgets:
+            lane, model = self.client.paused
+            if QueueRule(mode="paused", lane=lane, model=model).covers(job):
+                self._too_early.append(f"job {job_id} was claimed although it was paused")
 
     def _add_troubles(self) -> None:
         if self._strike_at is not None:
@@ -213,12 +249,17 @@ class World:
             created_at=EPOCH,
             priority=rng.choice((-10, 0, 0, 10)),
             expires_at=EPOCH + rng.uniform(1, 10) if rng.random() < 0.1 else None,
+            not_before=self._time_of_begin(),
         )
         self.jobs.append(job)
         start = rng.uniform(0, 0.3)
         self._at(start, f"submit {job.id} {echo}", self.client.submit, job)
         if rng.random() < (0.4 if self._alone else 0.2):
             self._at(start + rng.uniform(0, CHAOS_S), f"cancel {job.id}", self.client.cancel, job.id)
+
+    def _time_of_begin(self) -> float | None:
+        rng = self._held
+        return EPOCH + rng.uniform(0, 1) if rng is not None and rng.random() < 0.5 else None
 
     def _add_trouble(self) -> None:
         """Something happens to an owner, at some time or as it sends a certain command."""

@@ -6,6 +6,7 @@ import asyncio
 import re
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import llmstream.store
 from llmstream.access.credentials import issue
 from llmstream.config import StoreSettings
 from llmstream.errors import ConfigError
-from llmstream.store.store import open_store
+from llmstream.scheduler.scheduler import Scheduler
+from llmstream.store.store import Store, open_store
 from tests.conftest import assert_every_key_expires
 from tests.logs import drain, finished, text_of
 from tests.replica import FAST, echo, replica, submit, tokens
@@ -66,6 +68,22 @@ async def run_jobs(url: str) -> None:
         assert (await store.lanes("echo", FAST).census()).served == 2
         assert await store.lanes("echo", FAST).recent(5)
         assert store.presence.trouble is None
+        await hold_back(store, other, scheduler)
+
+
+async def hold_back(store: Store, other: Store, scheduler: Scheduler) -> None:
+    """Pauses everything, schedules a job, looks at it from another replica, and lets it go on."""
+    await scheduler.control.hold("paused", None, None, "admin")
+    job = await submit(other, tokens=2, not_before=time.time() + 0.1)
+    assert [lives.id async for page in other.lanes("echo", FAST).alive() for lives in page] == [job.id]
+
+    async def aside() -> bool:
+        return (await other.lanes("echo", FAST).standing(job.id)).paused
+
+    await wait_until(aside)
+    assert (await other.control.read()).rules == scheduler.control.rules.rules
+    await scheduler.control.resume_all()
+    assert text_of(await drain(other.log.follow(job.id))) == tokens(2)
 
 
 async def add_user(server: Valkey, *, waitaof: bool) -> None:

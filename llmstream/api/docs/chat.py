@@ -21,7 +21,7 @@ EXAMPLES: dict[str, Json] = {
 }
 TIMES = ("created_at", "started_at", "finished_at")
 JOB_BODY = {
-    **{name: value for name, value in ROW.items() if name not in {*TIMES, "replica"}},
+    **{name: value for name, value in ROW.items() if name not in {*TIMES, "replica", "not_before"}},
     "text": SAID,
     "finish_reason": "stop",
     "usage": USAGE,

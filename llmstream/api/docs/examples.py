@@ -68,6 +68,7 @@ ROW: Json = {
     "created_at": 1790000000.0,
     "started_at": 1790000000.2,
     "finished_at": 1790000003.1,
+    "not_before": None,
 }
 ACCEPTED: Json = {
     "status": "queued",

@@ -11,6 +11,8 @@ TAG = "Monitoring"
 WAITING = {"high": 0, "default": 2, "low": 0}
 QUEUE = {
     "waiting": WAITING,
+    "scheduled": 0,
+    "paused": 0,
     "running": 4,
     "slots": 4,
     "replicas": {"host-4711-1f2e3d": {"slots": 4, "running": 4}},
@@ -66,6 +68,9 @@ describe(
             {
                 "lanes": WAITING,
                 "waiting": 2,
+                "scheduled": 0,
+                "paused": 0,
+                "rules": [],
                 "running": 4,
                 "replicas": ["host-4711-1f2e3d"],
                 "pools": {"model.smollm2": QUEUE},
