@@ -45,15 +45,22 @@ class WebhookBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     url: StrictStr
+    """A public host over https, unless the server's settings allow others."""
     events: Annotated[list[EventType], Field(min_length=1)] | None = None
+    """Which ends are wanted; all, where nothing is said."""
     include_text: StrictBool = True
+    """Whether the event holds the answer's text."""
 
     @property
     def named(self) -> Webhook:
         return Webhook(self.url, None if self.events is None else tuple(self.events), self.include_text)
 
 
-Hook = Annotated[WebhookBody, BeforeValidator(lambda given: {"url": given} if isinstance(given, str) else given)]
+def _url_alone(given: Any) -> Any:
+    return {"url": given} if isinstance(given, str) else given
+
+
+Hook = Annotated[WebhookBody, BeforeValidator(_url_alone, json_schema_input_type=StrictStr | WebhookBody)]
 
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from aiohttp import web
 
 from llmstream.api.access import caller, needs
 from llmstream.api.jobs import limit_of
 from llmstream.errors import BadRequest
+
+Kind = Literal["waiting", "dead"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 routes = web.RouteTableDef()
 
@@ -37,10 +40,9 @@ async def secret(request: web.Request) -> web.Response:
     return web.json_response({"key": keys[0], "keys": keys}, headers={"Cache-Control": "no-store"})
 
 
-def _status(request: web.Request) -> Literal["waiting", "dead"]:
+def _status(request: web.Request) -> Kind:
     status = request.query.get("status", "waiting")
-    if status == "waiting":
-        return "waiting"
-    if status == "dead":
-        return "dead"
+    for kind in KINDS:
+        if kind == status:
+            return kind
     raise BadRequest(f"status must be waiting or dead, not {status[:60]!r}.", param="status")
