@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
+from llmstream.config_webhooks import NOTHING_SIGNS
 from llmstream.errors import NotFound
 from llmstream.gateway import Gateway
 from llmstream.selection import Cancelled, JobFilter, cancel_all
@@ -64,6 +67,26 @@ class Caller:
     async def dead(self, limit: int) -> list[JobState]:
         """The principal's jobs that failed after all their attempts, latest first; everybody's for an admin."""
         return await self._gateway.dead(limit, self._whose)
+
+    async def deliveries(self, kind: Literal["waiting", "dead"], limit: int) -> list[dict[str, Any]]:
+        """Events to the URLs that the principal's requests named; everybody's, and those to the receivers of the
+        configuration, for an admin."""
+        webhooks = self._gateway.webhooks
+        return [] if webhooks is None else await webhooks.deliveries(kind, limit, self._whose)
+
+    async def send_again(self, job_id: str) -> tuple[str, list[str]]:
+        """Sends the event of a job's end once more; an admin's call to all receivers. Raises NotFound, Conflict."""
+        state = await self.job(job_id)
+        if self._gateway.webhooks is None:
+            raise NotFound(NOTHING_SIGNS)
+        names = await self._gateway.webhooks.send_again(state, all_receivers=self.principal.is_admin)
+        return state.job.id, names
+
+    def webhook_secrets(self) -> list[str]:
+        """What verifies the events of the principal's jobs. Raises NotFound."""
+        if self._gateway.webhooks is None:
+            raise NotFound(NOTHING_SIGNS)
+        return self._gateway.webhooks.secrets(self.principal)
 
     @property
     def models(self) -> list[ModelInfo]:

@@ -19,7 +19,9 @@ from llmstream.config_schema import Section, Setting, comma_separated, plain, sc
 from llmstream.config_security import KEY_NAME_PATTERN, KEY_NAME_RULE, KeySettings, SecuritySettings
 from llmstream.config_sources import build
 from llmstream.config_variables import from_known_variables
+from llmstream.config_webhooks import ReceiverSettings, WebhookSettings
 from llmstream.presets import PRESETS, Capabilities, ContinueBy, Preset, StreamUsage, preset_of
+from llmstream.types import REQUESTED
 
 OnDisconnect = Annotated[str, Field(pattern=r"^(cancel|continue|grace|grace\([0-9]{1,5}(\.[0-9]{1,3})?s\))$")]
 OnCut = Literal["fail", "restart"]
@@ -390,6 +392,9 @@ class Settings(Section):
     breaker: BreakerSettings = BreakerSettings()
     disconnect: DisconnectSettings = DisconnectSettings()
     security: SecuritySettings = SecuritySettings()
+    webhooks: WebhookSettings = WebhookSettings()
+    webhook_receivers: dict[str, ReceiverSettings] = {}
+    """Who hears of the end of jobs whose requests name no URL, by name."""
     keys: dict[str, KeySettings] = {}
     """API keys by the name of the principal that shows them."""
     models: dict[str, ModelSettings] = {}
@@ -411,6 +416,13 @@ class Settings(Section):
     def authenticated(self) -> bool:
         """Whether callers must show an API key; without one only programs on this machine may reach the server."""
         return bool(self.keys) or self.security.api_key is not None or self.security.keys_required
+
+    @property
+    def announces(self) -> bool:
+        """Whether this server tells anybody of the end of jobs."""
+        keys = self.keys.values()
+        named = self.webhooks.secret is not None or any(key.webhook_secret is not None for key in keys)
+        return named or bool(self.webhook_receivers)
 
     @field_validator("data_dir")
     @classmethod
@@ -506,6 +518,12 @@ def _key_problems(settings: Settings) -> Iterator[str]:
     for name in settings.keys:
         if not KEY_NAME_PATTERN.fullmatch(name):
             yield f"keys: the name {name[:80]!r} is not allowed; expected {KEY_NAME_RULE}"
+    for name in settings.webhook_receivers:
+        if not KEY_NAME_PATTERN.fullmatch(name) or name == REQUESTED:
+            yield (
+                f"webhook_receivers: the name {name[:80]!r} is not allowed; expected {KEY_NAME_RULE}, other than "
+                f"{REQUESTED!r}"
+            )
     shown = [key.value.get_secret_value() for key in settings.keys.values()] + settings.security.api_keys
     if len(set(shown)) < len(shown):
         yield "keys, security.api_key: the same API key is here twice; each principal needs one of its own"

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 
 from llmstream.config_schema import Section, comma_separated
+from llmstream.config_webhooks import checked_secrets
 from llmstream.types import Scope
 
 KEY_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -29,6 +30,8 @@ class KeySettings(Section):
     """Models that may be asked for, as patterns such as ``gpt-*``."""
     expires: datetime | None = None
     """From then on the key is refused; UTC unless it says otherwise."""
+    webhook_secret: SecretStr | None = None
+    """Signs events of its jobs instead of the secret made of ``webhooks.secret``; in the same form."""
 
     _lists = field_validator("scopes", "models", mode="before")(comma_separated)
 
@@ -36,6 +39,11 @@ class KeySettings(Section):
     @classmethod
     def _not_guessable(cls, value: SecretStr) -> SecretStr:
         return SecretStr(_api_key(value.get_secret_value()))
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _well_formed(cls, value: SecretStr | None) -> SecretStr | None:
+        return checked_secrets(value)
 
     @field_validator("expires")
     @classmethod

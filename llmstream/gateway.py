@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from llmstream.access.access import Access, open_access
 from llmstream.cache import Cache
 from llmstream.config import Settings
+from llmstream.config_webhooks import NOTHING_SIGNS
 from llmstream.duplicates import Duplicates, Identity
 from llmstream.errors import (
     BadRequest,
@@ -69,6 +70,7 @@ from llmstream.types import (
     ModelInfo,
     Principal,
     Restart,
+    Webhook,
     new_id,
     own_id,
 )
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from llmstream.broker.core import OtherCore
     from llmstream.broker.inbox import Inbox
     from llmstream.broker.messages import Order
+    from llmstream.webhooks.webhooks import Webhooks
 
 DEFAULT_RETRY_AFTER_S = 1.0
 STORE_RETRY_AFTER_S = 1.0
@@ -106,6 +109,8 @@ class Submission(TypedDict, total=False):
     """The same, in seconds from now."""
     patience_s: float | None
     """Somebody waits for the answer: for so long at most while all its targets are left alone."""
+    webhook: Webhook | None
+    """Who is to be told of its end, beside the receivers of the configuration."""
 
 
 class Gateway:
@@ -138,6 +143,8 @@ class Gateway:
         self.cache = Cache(store, settings.cache, settings.store.retention_s)
         self.inbox: Inbox | None = None
         """The way through RabbitMQ, where that is configured."""
+        self.webhooks: Webhooks | None = None
+        """Who tells others of the end of jobs, where that is configured."""
         self._duplicates = Duplicates(
             store, key_s=settings.store.retention_s, retry_window_s=settings.server.retry_window_s
         )
@@ -274,7 +281,11 @@ class Gateway:
         state = await self.job(job_id)
         if not in_memory(job_id):
             # Also when it had ended before: the answer to an earlier call may have been lost half-way.
-            await self._lanes(state.job.pool).remove(job_id)
+            # Between its record and its place in line nobody knows of it but whoever asks for its end.
+            unseen = state.status == "cancelled" and state.attempt == 0
+            await self._lanes(state.job.pool).remove(job_id, state.job.receivers if unseen else ())
+            if self.webhooks is not None and state.job.receivers:
+                self.webhooks.wake()
             if self._posting is not None:
                 self._posting.over(job_id)
         return state
@@ -302,6 +313,7 @@ class Gateway:
             deadline_s=deadline_s,
             durability=old.durability,
             restarts=old.restarts,
+            webhook=old.webhook,
         )
         name = digest("requeue", old.id)
         new_id = await self._store.repeats.point(name, job.id, self.settings.store.retention_s)
@@ -427,6 +439,7 @@ class Gateway:
         delay_s: float | None = None,
         patience_s: float | None = None,
         identity: Identity | None = None,
+        webhook: Webhook | None = None,
     ) -> Job:
         principal = principal or Principal()
         if self._closing:
@@ -446,6 +459,7 @@ class Gateway:
         if patience_s is not None and (rest_s := self._scheduler.gates.rest_s(route.targets)) > patience_s:
             await self._refuse_new(identity, principal, NobodyLeft.for_s(rest_s))
         self._store.check(durability)
+        receivers = self._receivers(principal, webhook, durability)
         now, job_id = self._clock(), new_id(self._clock)
         if not_before is not None or delay_s is not None:
             not_before = self._later(route.pool, not_before, delay_s, durability)
@@ -472,7 +486,17 @@ class Gateway:
             restarts=restarts,
             not_before=not_before,
             patience_s=patience_s,
+            webhook=webhook,
+            receivers=receivers,
         )
+
+    def _receivers(self, principal: Principal, webhook: Webhook | None, durability: Durability) -> tuple[str, ...]:
+        """Who is to be told of a job's end."""
+        if self.webhooks is not None:
+            return self.webhooks.receivers.choose(principal, webhook, durability)
+        if webhook is None:
+            return ()
+        raise BadRequest(NOTHING_SIGNS, param="webhook")
 
     def _later(
         self, pool: str, not_before: float | None, delay_s: float | None, durability: Durability
@@ -544,7 +568,7 @@ class Gateway:
                 self._scheduler.expect(job)
             if job.session_id is not None:
                 await self._store.jobs.join_session(job.session_id, job)
-        self._store.recent.remember(lambda: self._enqueue_again(job, expected, unread_s), created.size)
+        self._store.recent.remember(lambda: self._accept_again(job, expected, unread_s), created.size)
         self._scheduler.kick(job.pool)
         if new:
             self.observer.accepted(job)
@@ -562,6 +586,13 @@ class Gateway:
         if created.status not in TERMINAL:
             await self._lanes(job.pool).push(job, unread_s, wake=not self._scheduler.takes(job.pool), again=True)
         return created
+
+    async def _accept_again(self, job: Job, expected: Lease, unread_s: float | None) -> None:
+        """For a store that comes back without its last moments."""
+        created = await self._enqueue_again(job, expected, unread_s)
+        if created is not None and created.status in TERMINAL and job.receivers:
+            # Its end was written again, but it went through no queue that would lead to those who were to hear of it.
+            await self._store.outbox(job.pool).send_again(job.id, job.receivers)
 
     @property
     def _posting(self) -> Inbox | None:
@@ -587,11 +618,11 @@ class Gateway:
             await self._store.jobs.discard(job.id)
             raise
 
-    async def _admit_order(self, request: GenerateRequest, priority: int) -> Job:
+    async def _admit_order(self, request: GenerateRequest, priority: int, webhook: Webhook | None) -> Job:
         """What somebody posted to RabbitMQ: never a memory job, as others have to find it."""
         await self._store.presence.recovered()
         durability: Durability = "fsync" if self.settings.store.durability == "fsync" else "full"
-        return await self._admit(request, priority=priority, durability=durability)
+        return await self._admit(request, priority=priority, durability=durability, webhook=webhook)
 
     async def _take_job(self, job: Job) -> Created | None:
         """Puts a job from RabbitMQ on record and in line, whichever of both is still to be done."""
@@ -694,10 +725,24 @@ async def open_gateway(
         await scheduler.open()
         access = await open_access(settings, store, clock)
         gateway = Gateway(settings, store, router, scheduler, clock, observer, access)
+        if settings.announces:
+            gateway.webhooks = await stack.enter_async_context(_open_webhooks(gateway, store, clock))
+            scheduler.on_announced = gateway.webhooks.wake
         if settings.broker.kind == "rabbitmq":
             gateway.inbox = await stack.enter_async_context(_open_inbox(gateway, store, scheduler))
         try:
             yield gateway
+        finally:
+            await gateway.close()
+
+
+@asynccontextmanager
+async def _open_webhooks(gateway: Gateway, store: Store, clock: Clock) -> AsyncIterator[Webhooks]:
+    from llmstream.webhooks.webhooks import open_webhooks
+
+    async with open_webhooks(gateway.settings, store, gateway.observer, clock) as webhooks:
+        try:
+            yield webhooks
         finally:
             await gateway.close()
 

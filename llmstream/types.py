@@ -329,6 +329,19 @@ _FIRST_LEVEL = {lane: min(levels) for lane, levels in _LEVELS.items()}
 _LAST_LEVEL = {lane: max(levels) for lane, levels in _LEVELS.items()}
 
 
+class Webhook(Struct, frozen=True, omit_defaults=True):
+    """Where the end of a job is to be told."""
+
+    url: str
+    events: tuple[str, ...] | None = None
+    """The types of events that are wanted, such as ``response.completed``; None: all."""
+    include_text: bool = True
+
+
+REQUESTED = "request"
+"""The receiver that the request itself names; configured ones have names of their own."""
+
+
 class Job(Struct, frozen=True, omit_defaults=True):
     """One accepted generation: everything that is known and fixed from the moment of submission."""
 
@@ -360,6 +373,10 @@ class Job(Struct, frozen=True, omit_defaults=True):
     """Seconds since the epoch, by the store's clock, before which no attempt begins."""
     patience_s: float | None = None
     """Seconds that it waits where all its targets are left alone, before it fails; None: until its deadline."""
+    webhook: Webhook | None = None
+    """What the request says about telling its end."""
+    receivers: tuple[str, ...] = ()
+    """Who hears of its end: names of configured receivers, and ``REQUESTED`` for ``webhook``."""
 
     @property
     def delay_s(self) -> float:

@@ -29,6 +29,10 @@ PLANTED = {
     "second single key": "planted-second-0123456789",
     "stream secret": "planted-stream-0123456789",
     "provider key": "sk-planted-provider-0123456789",
+    "webhook secret": "whsec_cGxhbnRlZC13ZWJob29rLXNlY3JldC0w",
+    "webhook secret of a key": "whsec_cGxhbnRlZC13ZWJob29rLW9mLWEta2V5",
+    "receiver secret": "whsec_cGxhbnRlZC1yZWNlaXZlci1zZWNyZXQt",
+    "receiver path": "/planted-receiver-path-0123456789",
 }
 UNKNOWN = "planted-unknown-0123456789"
 """Shown by a client, known to nobody: somebody's key for another service, perhaps."""
@@ -37,7 +41,18 @@ UNKNOWN = "planted-unknown-0123456789"
 def planted_settings(data_dir: Path) -> Settings:
     return echo_settings(
         data_dir,
-        keys={"alice": KeySettings(value=SecretStr(PLANTED["named key"]))},
+        keys={
+            "alice": KeySettings(
+                value=SecretStr(PLANTED["named key"]), webhook_secret=SecretStr(PLANTED["webhook secret of a key"])
+            )
+        },
+        webhooks={"secret": PLANTED["webhook secret"]},
+        webhook_receivers={
+            "audit": {
+                "url": f"http://127.0.0.1:9{PLANTED['receiver path']}",
+                "secret": PLANTED["receiver secret"],
+            }
+        },
         security={
             "api_key": f"{PLANTED['single key']},{PLANTED['second single key']}",
             "stream_secret": PLANTED["stream secret"],
@@ -69,6 +84,8 @@ async def everything(server: Server, keys: list[str]) -> str:
         for headers in ({"Authorization": f"Bearer {key}"}, {"X-API-Key": key}, {"Authorization": f"Basic {key}"}):
             for path in (
                 "/jobs",
+                "/webhooks/deliveries",
+                "/webhooks/secret",
                 "/stats",
                 "/v1/models",
                 "/health/full",
@@ -165,6 +182,10 @@ def test_the_printed_configuration_holds_no_secret(
     monkeypatch.setenv("API_KEYS", PLANTED["single key"])
     monkeypatch.setenv("KEYS__ALICE__VALUE", PLANTED["named key"])
     monkeypatch.setenv("SECURITY__STREAM_SECRET", PLANTED["stream secret"])
+    monkeypatch.setenv("WEBHOOKS__SECRET", PLANTED["webhook secret"])
+    monkeypatch.setenv("KEYS__ALICE__WEBHOOK_SECRET", PLANTED["webhook secret of a key"])
+    monkeypatch.setenv("WEBHOOK_RECEIVERS__AUDIT__SECRET", PLANTED["receiver secret"])
+    monkeypatch.setenv("WEBHOOK_RECEIVERS__AUDIT__URL", f"https://h{PLANTED['receiver path']}")
     monkeypatch.setenv("PROVIDERS__UP__BASE_URL", "http://h/v1")
     monkeypatch.setenv("PROVIDERS__UP__API_KEY", PLANTED["provider key"])
     assert main(["serve", "--print-config"]) == 0
@@ -185,6 +206,8 @@ def test_the_printed_configuration_holds_no_secret(
         {"KEYS__A__VALUE": "tiny-secret with a space"},
         {"KEYS__A__VALUE": PLANTED["single key"], "API_KEYS": PLANTED["single key"]},
         {"SECURITY__STREAM_SECRET": "tiny-secret"},
+        {"WEBHOOKS__SECRET": "whsec_tiny-secret"},
+        {"WEBHOOK_RECEIVERS__A__URL": "tiny-secret", "WEBHOOK_RECEIVERS__A__SECRET": "whsec_tiny-secret"},
         {"KEYS__A__VALUE": "file:/nowhere/tiny-secret-is-a-path"},
     ],
 )

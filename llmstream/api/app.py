@@ -21,6 +21,7 @@ from llmstream.api import (
     queues,
     service,
     sessions,
+    webhooks,
 )
 from llmstream.api.access import guard
 from llmstream.api.cors import Cors
@@ -50,7 +51,11 @@ def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.App
     app[PRESENCE] = Presence()
     app[PINGS] = Pings(settings.server.ping_s)
     app[BODY_TIMEOUT_S] = settings.server.body_timeout_s
-    for family in (openai, chat, embeddings, jobs, queues, core, proxy, question, service, sessions, health, metrics):
+    families = (
+        *(openai, chat, embeddings, jobs, queues, core, proxy, question, service, sessions, webhooks),
+        *(health, metrics),
+    )
+    for family in families:
         app.add_routes(family.routes)
     if settings.server.docs:
         app[pages.DOCUMENT] = pages.Document(app)

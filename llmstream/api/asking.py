@@ -12,6 +12,7 @@ from llmstream.api.access import EVERYBODY, PRINCIPAL, caller
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
 from llmstream.api.native_schemas import JobFields
+from llmstream.api.schemas import named_webhook
 from llmstream.api.times import Later
 from llmstream.config_routes import Multitask
 from llmstream.conversations import Conversations, Turn
@@ -66,7 +67,8 @@ async def ask(
     """
     gateway = request.app[GATEWAY]
     known = identity(request, fields.job_id, body)
-    if cacheable and session is None and not fields.scheduled:
+    fresh = fields.scheduled or fields.webhook is not None  # of a cached answer nobody would be told
+    if cacheable and session is None and not fresh:
         there, known = await reuse(request, generate, known, fields.durability)
         if there is not None:
             return there
@@ -85,6 +87,7 @@ async def ask(
             grace_s=gateway.settings.disconnect.limit(fields.on_disconnect or on_disconnect),
             restarts=fields.on_cut != "fail",
             patience_s=gateway.settings.breaker.wait_s,
+            webhook=named_webhook(fields.webhook),
         )
         return Asked(job, follower)
 

@@ -12,12 +12,13 @@ from llmstream.api.asking import default_model, next_turn, session_of
 from llmstream.api.body import read_json, validate
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
-from llmstream.api.render import NativeFormat, job_body
-from llmstream.api.schemas import ChatBody, chat_request
+from llmstream.api.render import NativeFormat
+from llmstream.api.schemas import ChatBody, chat_request, named_webhook
 from llmstream.api.sse import Waiting, position, serve
 from llmstream.duplicates import Identity
 from llmstream.errors import NotFound
 from llmstream.gateway import Gateway, Submission
+from llmstream.report import job_body
 from llmstream.store.lanes import Standing
 from llmstream.types import GenerateRequest, Job, JobState, new_id
 
@@ -143,6 +144,7 @@ def _submission(request: web.Request, gateway: Gateway, schema: ChatBody) -> Sub
         durability=schema.durability,
         grace_s=_limit(gateway, schema),
         restarts=schema.on_cut != "fail",
+        webhook=named_webhook(schema.webhook),
     )
 
 

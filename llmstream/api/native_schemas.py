@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, field_validator
 
-from llmstream.api.schemas import EXTENSIONS, JobId, Message, Number, Priority, SessionId, Tokens
+from llmstream.api.schemas import EXTENSIONS, Hook, JobId, Message, Number, Priority, SessionId, Tokens
 from llmstream.api.times import Later
 from llmstream.config import OnCut, OnDisconnect
 from llmstream.config_routes import Multitask
@@ -36,6 +36,8 @@ class JobFields(Later):
     """What becomes of an answer that its model breaks off where it cannot go on."""
     durability: Durability | None = None
     """When an event counts as logged."""
+    webhook: Hook | None = None
+    """Who is to be told of the job's end: a URL, or one with what is wanted there."""
 
     def further(self) -> dict[str, Any]:
         """Members that we do not know: they travel on."""

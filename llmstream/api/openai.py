@@ -15,7 +15,7 @@ from llmstream.api.body import read_json, validate
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
 from llmstream.api.render import ChatFormat, chat_completion, completion_id
-from llmstream.api.schemas import ChatCompletionBody, openai_request
+from llmstream.api.schemas import ChatCompletionBody, named_webhook, openai_request
 from llmstream.api.sse import position, serve
 from llmstream.api.whole import failed, read_whole
 from llmstream.errors import BadRequest, ModelNotFound, NotFound
@@ -42,7 +42,9 @@ async def answer(request: web.Request, body: dict[str, Any], raw: bytes) -> web.
     disconnect = gateway.settings.disconnect
     generate, known = openai_request("chat", schema, body, raw), identity(request, schema.job_id, body)
     there: Asked | None = None
-    if gateway.settings.cache.covers_all and schema.session_id is None and not schema.scheduled:
+    # Of a cached answer nobody would be told.
+    fresh = schema.scheduled or schema.webhook is not None
+    if gateway.settings.cache.covers_all and schema.session_id is None and not fresh:
         there, known = await reuse(request, generate, known, schema.durability)
     session = session_of(request, schema.session_id, schema.history, schema.multitask)
     submission = Submission(
@@ -56,6 +58,7 @@ async def answer(request: web.Request, body: dict[str, Any], raw: bytes) -> web.
         not_before=schema.not_before,
         delay_s=schema.delay_s,
         patience_s=gateway.settings.breaker.wait_s,
+        webhook=named_webhook(schema.webhook),
     )
     if there is not None:
         job, follower, cached = there

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import msgspec
 
 from llmstream.errors import error_body
+from llmstream.report import usage_body
 from llmstream.store.entry import Entry
 from llmstream.transcript import Transcript
-from llmstream.types import Delta, EventId, Failure, Finished, Job, JobState, Payload, Restart, Started, Usage
+from llmstream.types import Delta, EventId, Failure, Finished, Job, Payload, Restart, Started, Usage
 from llmstream.vectors import decode_floats, vectors
 
 _json: Callable[[Any], bytes] = msgspec.json.Encoder().encode
@@ -174,16 +175,6 @@ def completion_id(job: Job) -> str:
     return f"chatcmpl-{job.id}"
 
 
-def usage_body(usage: Usage) -> dict[str, Any]:
-    body = {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-        **(usage.details or {}),
-    }
-    return body if usage.cost is None else {**body, "cost": usage.cost}
-
-
 def chat_completion(job: Job, transcript: Transcript) -> dict[str, Any]:
     """The whole answer as one OpenAI ``chat.completion``."""
     choices = [
@@ -202,36 +193,6 @@ def chat_completion(job: Job, transcript: Transcript) -> dict[str, Any]:
         "model": job.request.model,
         "choices": choices,
         "usage": usage_body(transcript.usage or Usage()),
-    }
-
-
-def job_body(state: JobState, transcript: Transcript) -> dict[str, Any]:
-    """``GET /chat/{task_id}``, apart from the position in the queue."""
-    job = state.job
-    started, finished = state.started_at, state.finished_at
-    usage = state.usage or transcript.usage
-    return {
-        "task_id": job.id,
-        "session_id": job.session_id,
-        "status": state.status,
-        "model": job.request.model,
-        "priority": job.priority,
-        "lane": job.lane,
-        "attempt": state.attempt,
-        "continues": job.continues,
-        "text": transcript.text,
-        "finish_reason": transcript.finish_reason or state.reason,
-        "usage": usage_body(usage) if usage else None,
-        "error": error_body(state.failure)["error"] if state.failure else None,
-        "last_event_id": str(transcript.position),
-        **({"not_before": job.not_before} if job.not_before is not None else {}),
-        "timings": {
-            "created_at": job.created_at,
-            "started_at": started,
-            "finished_at": finished,
-            "queue_s": round((started or finished or job.created_at) - job.created_at, 6) if started else None,
-            "run_s": round(finished - started, 6) if started and finished else None,
-        },
     }
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -22,7 +23,8 @@ from pydantic.config import JsonDict
 from llmstream.api.times import Later
 from llmstream.config import OnCut, OnDisconnect
 from llmstream.config_routes import Multitask
-from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Durability, GenerateRequest, Kind, encode
+from llmstream.config_webhooks import EventType
+from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Durability, GenerateRequest, Kind, Webhook, encode
 
 Number = StrictFloat  # takes whole numbers, too
 Tokens = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
@@ -33,9 +35,33 @@ SessionId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:@-]{1,128}$")]
 
 EXTENSIONS = frozenset({
     "provider", "priority", "session_id", "deadline_s", "job_id", "on_disconnect", "on_cut", "durability",
-    "not_before", "delay_s", "history", "multitask",
+    "not_before", "delay_s", "history", "multitask", "webhook",
 })  # fmt: skip
 """Fields of ours in an OpenAI body; upstreams never see them."""
+
+
+class WebhookBody(BaseModel):
+    """Who is to be told of the job's end; an URL alone stands for the first field."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: StrictStr
+    """A public host over https, unless the server's settings allow others."""
+    events: Annotated[list[EventType], Field(min_length=1)] | None = None
+    """Which ends are wanted; all, where nothing is said."""
+    include_text: StrictBool = True
+    """Whether the event holds the answer's text."""
+
+    @property
+    def named(self) -> Webhook:
+        return Webhook(self.url, None if self.events is None else tuple(self.events), self.include_text)
+
+
+def _url_alone(given: Any) -> Any:
+    return {"url": given} if isinstance(given, str) else given
+
+
+Hook = Annotated[WebhookBody, BeforeValidator(_url_alone, json_schema_input_type=StrictStr | WebhookBody)]
 
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -91,6 +117,8 @@ class OpenAIBody(Later):
     """Extension: what becomes of a streamed answer that its model breaks off where it cannot go on."""
     durability: Durability | None = None
     """Extension: when an event counts as logged."""
+    webhook: Hook | None = None
+    """Extension: who is to be told of the job's end."""
 
     @field_validator("stream_options")
     @classmethod
@@ -154,6 +182,8 @@ class ChatBody(Later):
     """What becomes of an answer that its model breaks off where it cannot go on."""
     durability: Durability | None = None
     """When an event counts as logged."""
+    webhook: Hook | None = None
+    """Who is to be told of the job's end: a URL, or one with what is wanted there."""
     max_tokens: Tokens | None = None
     """Longest answer."""
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
@@ -163,6 +193,10 @@ class ChatBody(Later):
         if (self.message is None) == (self.messages is None):
             raise ValueError("give either 'message' (a string) or 'messages' (a conversation)")
         return self
+
+
+def named_webhook(hook: WebhookBody | None) -> Webhook | None:
+    return hook.named if hook is not None else None
 
 
 def openai_request(kind: Kind, schema: OpenAIBody, body: dict[str, Any], raw: bytes) -> GenerateRequest:

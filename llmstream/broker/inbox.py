@@ -32,7 +32,7 @@ from llmstream.store.repeats import digest
 from llmstream.store.results import Results
 from llmstream.store.store import Store
 from llmstream.transcript import Transcript
-from llmstream.types import TERMINAL, GenerateRequest, Job, ModelInfo, encode
+from llmstream.types import TERMINAL, GenerateRequest, Job, ModelInfo, Webhook, encode
 
 RETRY_S = 0.2
 LOOK_S = 1.0
@@ -48,8 +48,9 @@ class Door(NamedTuple):
 
     models: Sequence[ModelInfo]
     """Those that can be asked for by name; the first is the default."""
-    admit: Callable[[GenerateRequest, int], Awaitable[Job]]
-    """Makes a job of a request and its priority. Raises what a client would get for it."""
+    admit: Callable[[GenerateRequest, int, Webhook | None], Awaitable[Job]]
+    """Makes a job of a request, its priority and who is to be told of its end. Raises what a client would get for
+    it."""
     place: Callable[[Job], Awaitable[Created | None]]
     """Puts a job on record and in line, where it is not there already; None: its id belongs to another request."""
 
@@ -64,7 +65,7 @@ class Door(NamedTuple):
             raise BadRequest("No model is configured by name; say which one with 'meta.model'.", param="meta.model")
         default = self.models[0].name if self.models else ""
         request = order.request(default, {model.name: model.context for model in self.models})
-        job = await self.admit(request, order.priority or 0)
+        job = await self.admit(request, order.priority or 0, order.hook)
         return replace(job, id=order.job_id, fingerprint=digest(job.principal, order.fingerprint))
 
 

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from llmstream.config_webhooks import EventType
 from llmstream.errors import BadRequest, UpstreamBroken
 from llmstream.store.repeats import digest
 from llmstream.transcript import Transcript
-from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Failure, GenerateRequest, Job, JobState, encode
+from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Failure, GenerateRequest, Job, JobState, Webhook, encode
 
 JOB = "llmstream.job"
 """The AMQP ``type`` of a message that holds a whole job."""
@@ -39,6 +40,14 @@ class OrderMessage(Struct, frozen=True):
     content: str | list[dict[str, Any]]
 
 
+class OrderWebhook(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who is to be told of the end."""
+
+    url: str
+    events: Annotated[tuple[EventType, ...], Meta(min_length=1)] | None = None
+    include_text: bool = True
+
+
 class Order(Struct, frozen=True):
     """A generation somebody asks for: one prompt as ``content``, or a conversation as ``messages``."""
 
@@ -47,6 +56,8 @@ class Order(Struct, frozen=True):
     content: str | list[dict[str, Any]] | None = None
     messages: Annotated[list[OrderMessage], Meta(min_length=1)] | None = None
     priority: Annotated[int, Meta(ge=MIN_PRIORITY, le=MAX_PRIORITY)] | None = None
+    webhook: str | OrderWebhook | None = None
+    """A URL, or one with what is wanted there."""
 
     def __post_init__(self) -> None:
         if (self.content is None) == (self.messages is None):
@@ -62,6 +73,12 @@ class Order(Struct, frozen=True):
     def fingerprint(self) -> str:
         """Equal for orders that ask for the same answer, and for requests to ``/generate`` and ``/chat_completion``."""
         return digest(msgspec.json.encode(self.asked, order="deterministic").decode())
+
+    @property
+    def hook(self) -> Webhook | None:
+        """Who is to be told of the end."""
+        given = OrderWebhook(self.webhook) if isinstance(self.webhook, str) else self.webhook
+        return None if given is None else Webhook(given.url, given.events, given.include_text)
 
     def request(self, default_model: str, contexts: dict[str, int | None]) -> GenerateRequest:
         """The order as a chat request; ``contexts`` are the tokens that models take, where known."""

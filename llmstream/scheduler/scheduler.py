@@ -33,7 +33,7 @@ from llmstream.scheduler.sleepers import Sleepers
 from llmstream.scheduler.worker import Worker
 from llmstream.store.breakers import Policy
 from llmstream.store.budgets import POLL_S, Wait
-from llmstream.store.lanes import Claimed, Lanes, Standing
+from llmstream.store.lanes import ANNOUNCED, Claimed, Lanes, Standing
 from llmstream.store.memory import in_memory
 from llmstream.store.store import Store
 from llmstream.telemetry.observer import Observer
@@ -137,6 +137,8 @@ class Scheduler:
         self._closing = False
         self.on_over: Callable[[str], None] | None = None
         """Gets the id of a logged job that has just ended here."""
+        self.on_announced: Callable[[], None] | None = None
+        """Hears that somebody is to be told of a job's end."""
         self.audience = Audience(store, replica, clock=clock, stop_job=self.stop_job)
         self.pools: dict[str, Pool] = {}
         for name, most in router.pools.items():
@@ -421,9 +423,17 @@ class Scheduler:
             await pool.lanes.release(worker.job_id, self.replica)
         else:
             settling = pool.lanes.settle(worker.job_id, self.replica, worker.claim, dead=result == "dead")
-            settling.add_done_callback(partial(_settled, pool))
+            settling.add_done_callback(partial(self._settled, pool))
             if self.on_over is not None:
                 self.on_over(worker.job_id)
+
+    def _settled(self, pool: Pool, settling: asyncio.Future[Any]) -> None:
+        error = None if settling.cancelled() else settling.exception()
+        if error is not None:
+            logger.warning("a job is over, but its claim may not be given back: %s", error)
+            pool.unsure = True
+        elif self.on_announced is not None and not settling.cancelled() and settling.result() == ANNOUNCED:
+            self.on_announced()
 
     async def _end(self, pool: Pool, job_id: str, error: LLMStreamError) -> None:
         finished = Finished(status="failed", at=self._clock(), failure=error.failure())
@@ -549,13 +559,6 @@ def _policy(settings: BreakerSettings) -> Policy:
         open_s=settings.open_s,
         max_open_s=settings.max_open_s,
     )
-
-
-def _settled(pool: Pool, settling: asyncio.Future[Any]) -> None:
-    error = None if settling.cancelled() else settling.exception()
-    if error is not None:
-        logger.warning("a job is over, but its claim may not be given back: %s", error)
-        pool.unsure = True
 
 
 async def _cancel(tasks: set[asyncio.Task[None]] | list[asyncio.Task[None]]) -> None:

@@ -31,6 +31,10 @@
 {prefix}:{q:POOL}:paused    zset    jobs that wait aside until a pause ends, by level and turn
 {prefix}:{q:POOL}:control   hash    the pool's copy of what is paused and draining, and as of which version
 {prefix}:queues             hash    what is paused and draining, and the version of it
+{prefix}:{q:POOL}:hooked    hash    job -> who is to hear of its end, while it waits or runs
+{prefix}:{q:POOL}:outbox    zset    job|receiver of each event to be delivered -> when to try, or when its lease ends
+{prefix}:{q:POOL}:tries     hash    the same -> how often it was tried and what came of it
+{prefix}:{q:POOL}:undelivered  zset events that were given up, by the time of it
 {prefix}:{n:NUMBER}:probe   string  written to see whether a server takes writes; numbers spread over a cluster
 {prefix}:{t:TARGET}:window  hash    requests and tokens of the last minute by slice of time, and their sums
 {prefix}:{t:TARGET}:holds   hash    replica|try -> slice it was counted in|tokens reserved|number: its slot
@@ -76,7 +80,10 @@ QUEUE_PARTS = (
     "scheduled",
     "paused",
     "control",
+    "hooked",
+    "outbox",
 )
+OUTBOX_PARTS = ("outbox", "tries", "undelivered")
 BUDGET_PARTS = ("window", "holds", "leases", "line", "asked")
 
 
@@ -135,6 +142,11 @@ class Keys:
         """The keys of one pool's queue, in the order of ``QUEUE_PARTS``."""
         tag = f"{self._prefix}:{{q:{quote(pool, safe='')}}}"
         return tuple(f"{tag}:{part}" for part in QUEUE_PARTS)
+
+    def outbox(self, pool: str) -> tuple[str, ...]:
+        """The keys of one pool's deliveries, in the order of ``OUTBOX_PARTS``."""
+        tag = f"{self._prefix}:{{q:{quote(pool, safe='')}}}"
+        return tuple(f"{tag}:{part}" for part in OUTBOX_PARTS)
 
     def budget(self, target: str) -> tuple[str, ...]:
         """The keys of one target's limits, in the order of ``BUDGET_PARTS``."""

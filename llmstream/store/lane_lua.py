@@ -1,6 +1,6 @@
 """What the scripts on the queue of a pool have in common: the names of its keys, and how a job waits.
 
-``PAUSING`` and ``WAITING`` go behind ``PRELUDE`` in the scripts that need them.
+``ANNOUNCING``, ``PAUSING`` and ``WAITING`` go behind ``PRELUDE`` in the scripts that need them.
 """
 
 from __future__ import annotations
@@ -41,6 +41,17 @@ local function forget_aside(id)
 end
 """
 )
+ANNOUNCING = """
+-- Puts the events that tell of a job's end into the outbox, in the step that takes it off the queue: a claim that was
+-- not settled comes back to somebody, so none is lost.
+local function announce(id, now)
+  local names = redis.call('HGET', hooked, id)
+  if not names then return 0 end
+  redis.call('HDEL', hooked, id)
+  for name in string.gmatch(names, '[^,]+') do redis.call('ZADD', outbox, 'NX', fmt(now), id .. '|' .. name) end
+  return 1
+end
+"""
 PAUSING = """
 -- Rules come as lines 'first level|last level|pattern of models;'. Where there are none nothing is looked at.
 local function rules_of(text)

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
 from llmstream.store.connection import Arg
 from llmstream.store.keys import QUEUE_PARTS, Keys
 from llmstream.store.lane_control import CONTROL, RIPEN, SWEEP, SWEPT
-from llmstream.store.lane_lua import PAUSING, PRELUDE, WAITING
+from llmstream.store.lane_lua import ANNOUNCING, PAUSING, PRELUDE, WAITING
 from llmstream.store.pipeline import Script, Sender
 from llmstream.types import LANES, MAX_PRIORITY, Job, Lane, QueueRules, lane_of
 
@@ -28,6 +28,7 @@ DEAD_LETTERS = 1000
 """How many are kept for each pool."""
 PAGE = 500
 """Jobs looked at in one step where all of them are."""
+ANNOUNCED = 2
 
 _PUSH = Script(
     "push",
@@ -35,7 +36,8 @@ _PUSH = Script(
     + WAITING
     + """
 -- ARGV id, level, principal, most waiting, ttl_ms, deadline_ms or '', retention_ms, wake channel or '', pool,
--- look for readers after (ms) or '', model, not before (ms), most scheduled, 1 if it stood there before
+-- look for readers after (ms) or '', model, not before (ms), most scheduled, 1 if it stood there before,
+-- who hears of its end or ''
 -- -> 1 it waits or runs, 0 too many wait, 2 its lane or model is draining, 3 too many are scheduled
 local id, level, again = ARGV[1], tonumber(ARGV[2]), ARGV[14] == '1'
 if redis.call('HEXISTS', meta, id) == 1 then return 1 end
@@ -59,6 +61,10 @@ else
   arrive(id, part)
 end
 if ARGV[10] ~= '' then redis.call('ZADD', unread, fmt(now + ARGV[10]), id) end
+if ARGV[15] ~= '' then
+  redis.call('HSET', hooked, id, ARGV[15])
+  keep(ARGV[5] + math.max(0, due - now), {hooked})
+end
 redis.call('ZADD', index, fmt(now), id)
 redis.call('ZREMRANGEBYSCORE', index, '-inf', fmt(now - ARGV[7]))
 keep(ARGV[5] + math.max(0, due - now), {order, ages, meta, turns, index, deadlines, unread})
@@ -150,9 +156,9 @@ _RECLAIM = Script(
     PRELUDE
     + """
 -- ARGV replica, lease_ms, ttl_ms, then of each running job whose claim was lost: id, what makes its meta, after how
--- many ms to look for its readers or '', number of the claim.
+-- many ms to look for its readers or '', number of the claim, who hears of its end or ''.
 local now = now_ms()
-for i = 4, #ARGV, 4 do
+for i = 4, #ARGV, 5 do
   local id = ARGV[i]
   if redis.call('HEXISTS', claims, id) == 0 then
     if redis.call('HEXISTS', meta, id) == 0 then
@@ -160,6 +166,7 @@ for i = 4, #ARGV, 4 do
       redis.call('HSET', meta, id, part[1] .. '|' .. fmt(now) .. '|' .. part[2] .. '|' .. part[3] .. '|0|' .. part[4])
       redis.call('ZADD', index, 'NX', fmt(now), id)
       if ARGV[i + 2] ~= '' then redis.call('ZADD', unread, fmt(now + ARGV[i + 2]), id) end
+      if ARGV[i + 4] ~= '' then redis.call('HSET', hooked, id, ARGV[i + 4]) end
     end
     forget_waiting(id)
     forget_aside(id)
@@ -175,10 +182,11 @@ return 1
 _SETTLE = Script(
     "settle",
     PRELUDE
+    + ANNOUNCING
     + """
 -- ARGV id, replica, ttl_ms, 1 for a dead letter, retention_ms, dead letters kept, number of the claim.
 -- The job needs no more work; its service time goes into the measured rate. Only the claim it was found under is meant:
--- a job that the store had lost may have come back and been claimed again since.
+-- a job that the store had lost may have come back and been claimed again since. 2: somebody is to hear of it.
 local claim = redis.call('HGET', claims, ARGV[1])
 if not claim then return 0 end
 local part = split(claim)
@@ -197,8 +205,9 @@ local took = now - part[2]
 local mean = tonumber(redis.call('HGET', stats, 'service_ms') or took)
 redis.call('HSET', stats, 'service_ms', string.format('%.3f', mean + (took - mean) * 0.1))
 redis.call('HINCRBY', stats, 'served', 1)
-keep(ARGV[3], {stats})
-return 1
+local announced = announce(ARGV[1], now)
+keep(ARGV[3], announced == 1 and {stats, outbox} or {stats})
+return 1 + announced
 """,
 )
 
@@ -220,8 +229,10 @@ return 1
 _REMOVE = Script(
     "remove",
     PRELUDE
+    + ANNOUNCING
     + """
--- ARGV id, ttl_ms. Takes a cancelled job out; a running one stays claimed until its owner lets go.
+-- ARGV id, ttl_ms, who hears of the end of a job that may have ended before it came into line, or ''.
+-- Takes a cancelled job out; a running one stays claimed until its owner lets go.
 local now = now_ms()
 redis.call('ZADD', cancels, fmt(now), ARGV[1])
 redis.call('ZREMRANGEBYSCORE', cancels, '-inf', fmt(now - 60000))
@@ -230,7 +241,10 @@ redis.call('ZREM', unread, ARGV[1])
 if redis.call('HEXISTS', claims, ARGV[1]) == 1 then return 0 end
 forget_waiting(ARGV[1])
 forget_aside(ARGV[1])
-return redis.call('HDEL', meta, ARGV[1])
+local waited = redis.call('HDEL', meta, ARGV[1])
+if waited == 0 and ARGV[3] ~= '' then redis.call('HSET', hooked, ARGV[1], ARGV[3]) end
+if announce(ARGV[1], now) == 1 then keep(ARGV[2], {outbox}) end
+return waited
 """,
 )
 
@@ -487,6 +501,7 @@ class Lanes:
             0 if job.not_before is None else math.ceil(job.not_before * 1000),
             self._max_scheduled,
             int(again),
+            ",".join(job.receivers),
         )
         return Pushed(reply)
 
@@ -522,14 +537,15 @@ class Lanes:
         known: list[Arg] = []
         for job, claim in jobs:
             unread_ms = "" if job.grace_s is None else int(job.grace_s * 1000)
-            known += job.id, "|".join(map(str, _meta(job))), unread_ms, claim
+            known += job.id, "|".join(map(str, _meta(job))), unread_ms, claim, ",".join(job.receivers)
         await self._pipeline.run(_RECLAIM, self._keys, replica, self._lease_ms, self._ttl_ms, *known)
 
     def settle(self, job_id: str, replica: str, claim: int, *, dead: bool = False) -> asyncio.Future[Any]:
         """Gives back claim number ``claim`` of a job that needs no more work; ``dead`` notes it as one that may be
         requeued.
 
-        What is asked of this queue after the call comes after it, so nobody needs to wait for the future.
+        What is asked of this queue after the call comes after it, so nobody needs to wait for the future, which brings
+        ``ANNOUNCED`` when somebody is to hear of the job's end.
         """
         limits = (self._retention_ms, DEAD_LETTERS)
         return self._pipeline.run(_SETTLE, self._keys, job_id, replica, self._ttl_ms, int(dead), *limits, claim)
@@ -548,9 +564,10 @@ class Lanes:
         channel = self._wake if wake else ""
         await self._pipeline.run(_RELEASE, self._keys, job_id, replica, self._ttl_ms, channel, self.pool)
 
-    async def remove(self, job_id: str) -> bool:
-        """Takes a job that has ended out of the line; True when it was still waiting."""
-        return bool(await self._pipeline.run(_REMOVE, self._keys, job_id, self._ttl_ms))
+    async def remove(self, job_id: str, receivers: Sequence[str] = ()) -> bool:
+        """Takes a job that has ended out of the line; True when it was still waiting. ``receivers`` hear of the end
+        of one that never came into line."""
+        return bool(await self._pipeline.run(_REMOVE, self._keys, job_id, self._ttl_ms, ",".join(receivers)))
 
     async def heartbeat(self, replica: str, slots: int, lease_s: float, cancelled_since_ms: int) -> Pulse:
         """Renews the lease of all claims of a replica and takes back those of lapsed ones."""

@@ -25,6 +25,7 @@ from llmstream.store.lanes import Lanes
 from llmstream.store.log import Log
 from llmstream.store.memory import Memory, in_memory
 from llmstream.store.node import Node
+from llmstream.store.outbox import Outbox
 from llmstream.store.owned import Owned
 from llmstream.store.pipeline import Sender
 from llmstream.store.rate_limits import RateLimits
@@ -36,7 +37,7 @@ from llmstream.store.servers import Servers, find_servers
 from llmstream.store.sessions import Sessions
 from llmstream.store.signals import Signals
 from llmstream.store.tail import BlockingTail, PollingTail, Tail
-from llmstream.types import Durability
+from llmstream.types import Clock, Durability
 
 OLDEST_REDIS = (7, 0)
 
@@ -122,6 +123,11 @@ class Store:
             ttl_s=self._settings.unfinished_retention_s,
             retention_s=self._settings.retention_s,
         )
+
+    def outbox(self, pool: str, clock: Clock | None = None) -> Outbox:
+        """The events of one pool that are to be delivered; ``clock`` stands in for the store's."""
+        ttl_s = max(self._settings.unfinished_retention_s, self._settings.retention_s)
+        return Outbox(self.writes, self.keys, pool, ttl_s=ttl_s, clock=clock)
 
     def budgets(self, replica: str, *, lease_s: float) -> Budgets:
         """What the replica has reserved of the limits of targets."""

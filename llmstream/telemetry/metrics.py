@@ -201,6 +201,18 @@ class Metrics:
         self.memory_waiting = Gauge(
             "llmstream_memory_jobs_waiting", "Jobs of durability memory that wait in this process.", ("pool",)
         )
+        self.webhook_deliveries = Counter(
+            "llmstream_webhook_deliveries_total",
+            "Tries to deliver a webhook by what came of them: delivered, failed (tried again later), gone (the answer "
+            "was 410), dead (given up). The receiver is its name in the configuration, or request.",
+            ("receiver", "outcome"),
+        )
+        self.webhooks_waiting = Gauge(
+            "llmstream_webhooks_waiting",
+            "Webhooks that are to be delivered: the same number on every replica.",
+            (),
+            "max",
+        )
         self.store_up = Gauge("llmstream_store_up", "1 while the store answers, 0 while it is away.", together="max")
         self.processes = Gauge("llmstream_processes", "Replica processes behind this port.")
         self.cpu = Counter("process_cpu_seconds_total", "CPU time of the replica processes.")

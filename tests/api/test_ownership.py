@@ -23,6 +23,7 @@ from llmstream.server import Server
 from tests.api.keyed import client, keyed_settings, secret
 from tests.api.reading import Json, finished, submit
 from tests.waiting import wait_until
+from tests.webhooks.receiver import SECRET
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -42,6 +43,7 @@ WITH_AN_ID = {
     ("POST", "/jobs/{task_id}/requeue"),
     ("GET", "/sessions/{session_id}"),
     ("DELETE", "/sessions/{session_id}"),
+    ("POST", "/webhooks/deliveries/{task_id}/retry"),
 }
 """Leads to one job: attacked with every id and every query."""
 SUBMITTING = {
@@ -61,7 +63,14 @@ ASKING = {
     ("POST", "/embeddings"): {"input": MARK},
 }
 """The same, without sessions and with bodies of their own."""
-LISTING = {("GET", "/jobs"), ("GET", "/jobs/dead"), ("GET", "/stats"), ("GET", "/sessions"), ("GET", "/status")}
+LISTING = {
+    ("GET", "/jobs"),
+    ("GET", "/jobs/dead"),
+    ("GET", "/stats"),
+    ("GET", "/sessions"),
+    ("GET", "/status"),
+    ("GET", "/webhooks/deliveries"),
+}
 """Could name another's jobs."""
 BY_FILTER = {("POST", "/jobs/cancel")}
 """Could end another's jobs."""
@@ -79,8 +88,11 @@ HARMLESS = {
     ("GET", "/docs"),
     ("GET", "/docs/{file}"),
     ("GET", "/redoc"),
+    ("GET", "/webhooks/secret"),
 }
 """Knows no jobs."""
+WEBHOOKS = {"secret": SECRET, "allow": ["127.0.0.1"], "base_s": 3600}
+NOBODY_LISTENS = "http://127.0.0.1:9/hook"
 
 
 class Victim(NamedTuple):
@@ -116,11 +128,11 @@ class Victim(NamedTuple):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def victim(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Victim]:
-    settings = keyed_settings(tmp_path_factory.mktemp("victim"))
+    settings = keyed_settings(tmp_path_factory.mktemp("victim"), webhooks=WEBHOOKS)
     async with Server(settings) as server, client(server, secret("alice")) as http:
         made = Victim(
             server,
-            done=await submit(http, message=MARK, session_id="demo"),
+            done=await submit(http, message=MARK, session_id="demo", webhook=NOBODY_LISTENS),
             running=await submit(http, message=MARK, echo=STALLED, on_disconnect="continue"),
             failed=await submit(http, message=MARK, echo=CRASHED, session_id="broken"),
             memory=await submit(http, message=MARK, echo=STALLED, durability="memory"),
@@ -358,6 +370,9 @@ async def test_no_list_names_the_jobs(victim: Victim, method: str, path: str) ->
         for job_id in own:
             assert (await victim.server.gateway.job(job_id)).job.principal == "alice"
         assert own < {row["task_id"] for row in json.loads(texts["admin"])["data"]}
+    if path == "/webhooks/deliveries":
+        for name in ("alice", "admin"):
+            assert [row["task_id"] for row in json.loads(texts[name])["data"]] == [victim.done["task_id"]]
     if path == "/jobs/dead":
         for name in ("alice", "admin"):
             assert [row["task_id"] for row in json.loads(texts[name])["data"]] == [victim.failed["task_id"]]
@@ -387,6 +402,18 @@ async def test_only_admins_hold_up_jobs(victim: Victim, method: str, path: str) 
         ):
             assert response.status == (401 if at_most == 401 else 403)
     assert (await victim.server.gateway.control.look()).rules == ()
+
+
+async def test_a_secret_is_its_principals(victim: Victim) -> None:
+    """What verifies somebody's events is told to nobody else, and a key that may only read gets none."""
+    found = {}
+    for name in ("alice", "bob", "admin"):
+        async with client(victim.server, secret(name)) as http, http.get("/webhooks/secret") as response:
+            found[name] = (await response.json())["key"]
+    assert len(set(found.values())) == 3
+    assert SECRET not in found.values()
+    async with client(victim.server, secret("reader")) as http, http.get("/webhooks/secret") as response:
+        assert response.status == 403
 
 
 async def test_the_owner_and_an_admin_can(victim: Victim) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from llmstream.api.render import ChatFormat, Format, NativeFormat, chat_completion, job_body, render_entry
+from llmstream.api.render import ChatFormat, Format, NativeFormat, chat_completion, render_entry
+from llmstream.report import job_body
 from llmstream.store.entry import Entry
 from llmstream.transcript import Transcript
 from llmstream.types import (

@@ -19,6 +19,7 @@ from tests.api.reading import Json, conversation, finished, read_all, status, su
 from tests.conftest import assert_every_key_expires, echo_settings
 from tests.rabbit import Queues
 from tests.waiting import wait_until
+from tests.webhooks.receiver import SECRET, Receiver
 
 STALL = {"fault": "stall", "tokens": 2, "at": 1}
 
@@ -196,6 +197,36 @@ async def test_results_are_told(server: Server, rabbit: Queues) -> None:
     assert message[2] == b"set"
     assert await store.results("results").get("t1") is not None
     await connection.close()
+
+
+async def test_webhooks_of_orders_and_jobs(tmp_path: Path, rabbit: Queues) -> None:
+    """The end of an order that names a webhook is told there, and so is that of a job cancelled while it waits in
+    RabbitMQ; an order with a wrong one is refused."""
+    hooks, broker = {"secret": SECRET, "allow": ["127.0.0.1"]}, rabbit.settings(prefetch=1)
+    models = {"echo": {"engine": "echo", "slots": 1}}
+    async with (
+        Receiver() as receiver,
+        Server(echo_settings(tmp_path, broker=broker, webhooks=hooks, models=models)) as server,
+        aiohttp.ClientSession(server.url) as http,
+    ):
+        await rabbit.post(json.dumps({**order("plain"), "webhook": receiver.url}).encode())
+        await rabbit.post(
+            json.dumps({**order("brief"), "webhook": {"url": receiver.url, "include_text": False}}).encode()
+        )
+        await rabbit.post(json.dumps({**order("wrong"), "webhook": "http://10.0.0.1/"}).encode())
+        assert "webhook.url" in str(await result_of(server, "wrong"))
+        await wait_until(lambda: len(receiver.events) == 2)
+        assert receiver.of("plain")[0]["data"]["text"] == "what is it"
+        assert "text" not in receiver.of("brief")[0]["data"]
+        running = [await submit(http, echo=STALL) for _ in range(2)]
+        waiting = await submit(http, webhook=receiver.url)
+        await http.delete(f"/chat/{waiting['task_id']}")
+        await wait_until(lambda: bool(receiver.of(waiting["task_id"])))
+        assert receiver.of(waiting["task_id"])[0]["type"] == "response.cancelled"
+        for job in running:
+            await http.delete(f"/chat/{job['task_id']}")
+        await settled(server, rabbit)
+        assert len(receiver.of(waiting["task_id"])) == 1
 
 
 async def test_the_same_order_twice_is_one_job(server: Server, rabbit: Queues) -> None:

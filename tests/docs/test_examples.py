@@ -18,6 +18,7 @@ from tests.api.reading import finished, submit
 from tests.conftest import echo_settings
 from tests.docs.reading import Document, Documented, Json
 from tests.sse import parse
+from tests.webhooks.receiver import SECRET
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -33,6 +34,7 @@ def settings_of(data_dir: Path) -> Settings:
         scheduler=SchedulerSettings(max_attempts=1),
         retry=RetrySettings(base_s=0.01),
         deadlines=DeadlineSettings(total_s=60),
+        webhooks={"secret": SECRET, "allow": ["127.0.0.1"], "base_s": 3600},
     )
 
 
@@ -60,6 +62,7 @@ async def prepare(server: Server, http: aiohttp.ClientSession) -> None:
     made = [
         await submit(http, job_id="order-17", session_id="demo"),
         await submit(http, job_id="order-18", echo=CRASHED),
+        await submit(http, job_id="order-29", webhook="http://127.0.0.1:9/hook"),
     ]
     async with http.post("/embeddings", json={"job_id": "order-20", "texts": ["x"]}) as response:
         assert response.status == 202, await response.text()

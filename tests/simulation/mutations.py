@@ -143,6 +143,23 @@ MUTATIONS = {
     "pause on record": Mutation(
         QueueControl._spread, "await asyncio.gather(*(lanes.control(rules) for lanes in queues))", "pass", world=HELD
     ),
+    # the outbox
+    "telling of a settled job": Mutation(
+        lanes._SETTLE, "local announced = announce(ARGV[1], now)", "local announced = 0"
+    ),
+    "telling of a removed job": Mutation(lanes._REMOVE, "if announce(ARGV[1], now) == 1 then", "if false then"),
+    "telling of a job that never came into line": Mutation(
+        lanes._REMOVE, "if waited == 0 and ARGV[3] ~= '' then", "if false then"
+    ),
+    "telling of a restored job": Mutation(
+        Gateway._accept_again, "created.status in TERMINAL and job.receivers", "False", world=FORGETS
+    ),
+    "telling of a reclaimed job": Mutation(
+        lanes._RECLAIM,
+        "if ARGV[i + 4] ~= '' then redis.call('HSET', hooked, id, ARGV[i + 4]) end",
+        world=FORGETS,
+        rare=True,
+    ),
     # a store that comes back without its last writes
     "restoring a log": Mutation(Writer._command, "if self._life != self._presence.life:", "if False:", world=FORGETS),
     "restoring a closed log": Mutation(
@@ -164,7 +181,7 @@ MUTATIONS = {
     ),
     "submitting again": Mutation(
         Gateway._enqueue,
-        "self._store.recent.remember(lambda: self._enqueue_again(job, expected, unread_s), created.size)",
+        "self._store.recent.remember(lambda: self._accept_again(job, expected, unread_s), created.size)",
         "pass",
         world=FORGETS,
     ),

@@ -9,7 +9,10 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, cast
 from unittest.mock import patch
 
+from pydantic import SecretStr
+
 from llmstream.config import DeadlineSettings, ModelSettings, RetrySettings, SchedulerSettings, Settings, StoreSettings
+from llmstream.config_webhooks import ReceiverSettings
 from llmstream.duplicates import Identity
 from llmstream.errors import NotFound, StoreUnavailable
 from llmstream.gateway import Gateway, Submission
@@ -23,16 +26,29 @@ from llmstream.store.node import Node
 from llmstream.store.presence import Presence
 from llmstream.store.recent import Recent
 from llmstream.store.store import Store
-from llmstream.types import Job, Lane
+from llmstream.telemetry.metrics import Metrics
+from llmstream.types import Clock, Job, Lane
+from llmstream.webhooks.dispatcher import Dispatcher
+from llmstream.webhooks.receivers import Receivers
+from llmstream.webhooks.sender import Sender
+from llmstream.webhooks.webhooks import Webhooks
 from tests.simulation.loop import Process, VirtualLoop
 from tests.simulation.network import EPOCH, Link, Server
+from tests.simulation.truths import RECEIVER
 
 MODEL = "echo"
 MAX_ATTEMPTS = 4
 STORE = StoreSettings(timeout_s=0.5, outage_s=3.0)
 SCHEDULER = SchedulerSettings(lease_s=2.0, max_attempts=MAX_ATTEMPTS)
 DEADLINES = DeadlineSettings(total_s=300, first_token_s=1.5, stall_s=1.5)
-SETTINGS = Settings(store=STORE, scheduler=SCHEDULER, deadlines=DEADLINES)
+SETTINGS = Settings(
+    store=STORE,
+    scheduler=SCHEDULER,
+    deadlines=DEADLINES,
+    webhook_receivers={
+        RECEIVER: ReceiverSettings(url=SecretStr("https://example.com"), secret=SecretStr(f"whsec_{'k' * 32}"))
+    },
+)
 MODELS = {slots: ModelSettings(engine="echo", slots=slots) for slots in (1, 2)}
 RETRY_S = 0.2
 BACKOFF = Backoff(RetrySettings(base_s=0.4, cap_s=10), chance=lambda: 0.5)
@@ -116,6 +132,14 @@ class Owner:
         self.kill()
 
 
+def _nobody_delivers(store: Store, clock: Clock) -> Webhooks:
+    """Events come into the outbox and stay there, to be looked at in the end."""
+    receivers, limits = Receivers(SETTINGS), SETTINGS.webhooks
+    sender = Sender(receivers.reach, limits.timeout_s, limits.concurrency)
+    dispatcher = Dispatcher(store, receivers, sender, limits, retention_s=1, clock=clock, metrics=Metrics())
+    return Webhooks(store, receivers, dispatcher)
+
+
 class Client:
     """Submits and cancels jobs at a gateway in a process of its own, and repeats what it got no answer to."""
 
@@ -135,6 +159,7 @@ class Client:
             self._store, nothing, "client", settings=SCHEDULER, deadlines=DEADLINES, backoff=BACKOFF, clock=clock
         )
         self._gateway = Gateway(SETTINGS, self._store, Router([EchoProvider(MODEL, MODELS[1])]), idle, clock)
+        self._gateway.webhooks = _nobody_delivers(self._store, clock)
 
     def _clock(self) -> float:
         return EPOCH + self._loop.time()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from llmstream.store.channel import Channel
@@ -13,7 +13,9 @@ from llmstream.types import BEGINNING, TERMINAL, Delta, Event, EventId, Finished
 from tests.replica import tokens
 from tests.simulation.memory import Memory
 
-LEFT_EMPTY = ("order", "ages", "meta", "claims", "deadlines", "scheduled", "paused")
+LEFT_EMPTY = ("order", "ages", "meta", "claims", "deadlines", "scheduled", "paused", "hooked")
+RECEIVER = "audit"
+"""Is to hear of every job's end."""
 """Parts of a queue that hold nothing when every job has ended."""
 KEYS = Keys("llmstream")
 
@@ -30,6 +32,11 @@ def _left_empty(pool: str) -> frozenset[bytes]:
 
 def queue_is_empty(memory: Memory, pool: str) -> bool:
     return memory.data.keys().isdisjoint(_left_empty(pool))
+
+
+def _outbox(memory: Memory, pool: str) -> Collection[bytes]:
+    found: Collection[bytes] = memory.data.get(KEYS.outbox(pool)[0].encode(), ())
+    return found
 
 
 def is_terminal(memory: Memory, job_id: str) -> bool:
@@ -109,6 +116,8 @@ def _broken_job(memory: Memory, job: Job, seen: Mapping[EventId, object], limits
         yield f"its log says {ends[0].status}, its record {status}"
     if status == "cancelled" and job.id not in limits.cancelled:
         yield "nobody cancelled it"
+    if not limits.forgets and f"{job.id}|{RECEIVER}".encode() not in _outbox(memory, job.pool):
+        yield "nobody is told of its end"
     yield from _wrong_words(job, events, status, limits)
     if not limits.forgets and limits.told.get(job.id, status) != status:
         yield f"somebody was told that it is {limits.told[job.id]}, but it is {status}"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from llmstream.store import keys as module
-from llmstream.store.keys import BUDGET_PARTS, QUEUE_PARTS, Keys
+from llmstream.store.keys import BUDGET_PARTS, OUTBOX_PARTS, QUEUE_PARTS, Keys
 
 KEYS = Keys("llmstream")
 names = st.text(min_size=1, max_size=40)
@@ -23,7 +23,8 @@ def test_a_job_lives_in_one_slot(job_id: str) -> None:
 @given(pool=names)
 def test_a_queue_lives_in_one_slot(pool: str) -> None:
     """All keys of a pool share a hash slot, whatever the pool is called."""
-    assert len({key_slot(key.encode()) for key in KEYS.queue(pool)}) == 1
+    assert len({key_slot(key.encode()) for key in (*KEYS.queue(pool), *KEYS.outbox(pool))}) == 1
+    assert KEYS.outbox(pool)[0] in KEYS.queue(pool)
 
 
 @given(target=names, other=names)
@@ -58,6 +59,13 @@ def test_names_do_not_collide(one: str, other: str) -> None:
 @pytest.mark.parametrize("part", QUEUE_PARTS)
 def test_every_part_is_explained(part: str) -> None:
     """The module's docstring names every key of a queue."""
+    assert module.__doc__ is not None
+    assert f"{{q:POOL}}:{part} " in module.__doc__
+
+
+@pytest.mark.parametrize("part", OUTBOX_PARTS)
+def test_every_part_of_an_outbox_is_explained(part: str) -> None:
+    """The module's docstring names every key of a pool's deliveries."""
     assert module.__doc__ is not None
     assert f"{{q:POOL}}:{part} " in module.__doc__
 

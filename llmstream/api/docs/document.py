@@ -17,7 +17,7 @@ from llmstream.api.docs.common import EVERYWHERE, HEADERS, MEANINGS, PATH, error
 from llmstream.api.docs.operation import EVENT_STREAM, OPERATIONS, Answer, Json, Operation, Parameter
 from llmstream.api.docs.schema import plain, schemas_of
 
-FAMILIES = ("chat", "openai", "embeddings", "jobs", "queues", "services", "monitoring")
+FAMILIES = ("chat", "openai", "embeddings", "jobs", "queues", "services", "monitoring", "webhooks")
 """Modules beside this one that describe handlers."""
 ABOUT = (
     "Answers of language models that are not lost: every answer is a job, every job is a log, and every stream can be "
@@ -30,6 +30,7 @@ TAGS = {
     "Jobs": "What was done lately, what was given up, and giving it another chance.",
     "Queues": "What waits where, and which parts of it are paused or drained.",
     "Sessions": "The conversations that the server keeps.",
+    "Webhooks": "Events that tell of the end of jobs, to whom a request's `webhook` names.",
     "Model service": "A service around one model.",
     "LLM core": "A queue in front of a model, with the caller's own job ids.",
     "Question answering": "A text in, a text out.",
