@@ -62,6 +62,7 @@ async def ask(
     """
     gateway = request.app[GATEWAY]
     known = identity(request, fields.job_id, body)
+    generate = await gateway.filters.redacted(generate)
     if cacheable and session is None and not fields.scheduled:
         there, known = await reuse(request, generate, known, fields.durability)
         if there is not None:

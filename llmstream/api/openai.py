@@ -43,6 +43,7 @@ async def answer(request: web.Request, body: dict[str, Any], raw: bytes) -> web.
     generate, known = openai_request("chat", schema, body, raw), identity(request, schema.job_id, body)
     there: Asked | None = None
     if gateway.settings.cache.covers_all and schema.session_id is None and not schema.scheduled:
+        generate = await gateway.filters.redacted(generate)
         there, known = await reuse(request, generate, known, schema.durability)
     job, follower, cached = there or Asked(
         *await gateway.start(
