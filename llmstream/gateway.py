@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 from msgspec.structs import replace
 
 from llmstream.access.access import Access, open_access
+from llmstream.broker.messages import Order, answer_of
 from llmstream.cache import Cache
 from llmstream.config import Settings
 from llmstream.config_webhooks import NOTHING_SIGNS
@@ -32,6 +33,7 @@ from llmstream.errors import (
     ShuttingDown,
     StoreUnavailable,
 )
+from llmstream.filters.filters import Filters
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
 from llmstream.providers.tokens import Tokenizer
@@ -62,6 +64,7 @@ from llmstream.types import (
     Clock,
     Durability,
     EventId,
+    Failure,
     Finished,
     GenerateRequest,
     Job,
@@ -78,7 +81,6 @@ from llmstream.types import (
 if TYPE_CHECKING:
     from llmstream.broker.core import OtherCore
     from llmstream.broker.inbox import Inbox
-    from llmstream.broker.messages import Order
     from llmstream.webhooks.webhooks import Webhooks
 
 DEFAULT_RETRY_AFTER_S = 1.0
@@ -125,8 +127,11 @@ class Gateway:
         clock: Clock = time.time,
         observer: Observer | None = None,
         access: Access | None = None,
+        filters: Filters | None = None,
     ) -> None:
         self.settings = settings
+        self.filters = filters or Filters({}, settings.presidio)
+        """What requests go through before anything of them is kept; those that become jobs do so by themselves."""
         self.access = access
         """Who may use the gateway; None: everybody who can reach it."""
         self.replica = scheduler.replica
@@ -210,8 +215,8 @@ class Gateway:
 
     async def order(
         self, order: Order, identity: Identity | None, principal: Principal, deadline_s: float | None
-    ) -> tuple[str, bytes]:
-        """Lets the other core run an order: the id it has there, and the result.
+    ) -> tuple[str, str | Failure]:
+        """Lets the other core run an order: the id it has there, and the answer.
 
         Raises what :meth:`OtherCore.ask` raises, and like :meth:`submit` for what may not be asked for.
         """
@@ -225,6 +230,8 @@ class Gateway:
                 f"This API key has no model {order.meta.model!r}; say one of its models with meta.model.",
                 param="meta.model",
             )
+        request = await self.filters.masked(await self.filters.redacted(request))
+        order = order.saying(request.messages)
         job = Job(order.job_id, request, pool="", created_at=self._clock(), principal=principal.id)
         job = await self._duplicates.identify(job, identity)
         if len(job.id) > MAX_ID:
@@ -232,9 +239,10 @@ class Gateway:
                 f"job_id is too long: with the key's name it may have {MAX_ID} characters.", param="job_id"
             )
         try:
-            return job.id, await self.core.ask(replace(order, job_id=job.id), deadline_s)
+            answer = answer_of(await self.core.ask(replace(order, job_id=job.id), deadline_s))
         except Conflict:
             raise identity.conflict() if identity is not None else Conflict("The order's id is taken.") from None
+        return job.id, await self.filters.answered(request, answer) if isinstance(answer, str) else answer
 
     async def transcript(self, job_id: str) -> Transcript:
         """The answer so far, read from the log."""
@@ -454,6 +462,7 @@ class Gateway:
             raise ModelNotFound(
                 f"This API key has no model {request.model!r}; GET /v1/models lists its models.", param="model"
             )
+        request = await self.filters.masked(await self.filters.redacted(request))
         route = self._router.route(request)
         await route.check(request)
         if patience_s is not None and (rest_s := self._scheduler.gates.rest_s(route.targets)) > patience_s:
@@ -709,6 +718,8 @@ async def open_gateway(
         accounts = Accounts(settings.prices, tokenizer)
         tracing = await stack.enter_async_context(open_tracing(settings.telemetry, replica, settings.server.name))
         observer = Observer([model.name for model in router.models], tracing)
+        filters = Filters(settings.filters, settings.presidio, observer.metrics.filtered)
+        await filters.open()
         scheduler = Scheduler(
             store,
             router,
@@ -720,11 +731,12 @@ async def open_gateway(
             clock=clock,
             accounts=accounts,
             observer=observer,
+            filters=filters,
         )
         watch_pools(observer, store, scheduler.pools, scheduler.control)
         await scheduler.open()
         access = await open_access(settings, store, clock)
-        gateway = Gateway(settings, store, router, scheduler, clock, observer, access)
+        gateway = Gateway(settings, store, router, scheduler, clock, observer, access, filters)
         if settings.announces:
             gateway.webhooks = await stack.enter_async_context(_open_webhooks(gateway, store, clock))
             scheduler.on_announced = gateway.webhooks.wake

@@ -67,6 +67,7 @@ async def ask(
     """
     gateway = request.app[GATEWAY]
     known = identity(request, fields.job_id, body)
+    generate = await gateway.filters.redacted(generate)
     fresh = fields.scheduled or fields.webhook is not None  # of a cached answer nobody would be told
     if cacheable and session is None and not fresh:
         there, known = await reuse(request, generate, known, fields.durability)
@@ -150,6 +151,8 @@ async def next_turn(
             "A session keeps what is said, and durability 'memory' nothing; leave one of the two out.",
             param="durability",
         )
+
+    generate = await gateway.filters.redacted(generate)  # the conversation keeps it, too
 
     async def came_before() -> bool:
         return known is not None and known.named and await gateway.came_before(known, principal)

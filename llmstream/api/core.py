@@ -18,7 +18,7 @@ from llmstream.api.keys import GATEWAY
 from llmstream.api.native_schemas import CoreBody, CoreChatBody, CoreGenerateBody
 from llmstream.api.presence import Attended
 from llmstream.api.whole import ended_badly, failed, read_whole
-from llmstream.broker.messages import Order, answer_of, said
+from llmstream.broker.messages import Order, said
 from llmstream.errors import BadRequest
 from llmstream.types import Failure, new_id
 
@@ -93,8 +93,8 @@ async def _order(
     known = identity(request, schema.job_id, known_by)
     order = _order_of(known_by)
     async with Attended(request):
-        job_id, stored = await request.app[GATEWAY].order(order, known, principal_of(request), schema.deadline_s)
-    headers, answer = {"x-job-id": job_id}, answer_of(stored)
+        job_id, answer = await request.app[GATEWAY].order(order, known, principal_of(request), schema.deadline_s)
+    headers = {"x-job-id": job_id}
     if isinstance(answer, Failure):
         return ended_badly(answer, headers)
     return web.json_response({"content": answer}, headers=headers)

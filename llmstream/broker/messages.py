@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from llmstream.config_webhooks import EventType
 from llmstream.errors import BadRequest, UpstreamBroken
@@ -73,6 +74,12 @@ class Order(Struct, frozen=True):
     def fingerprint(self) -> str:
         """Equal for orders that ask for the same answer, and for requests to ``/generate`` and ``/chat_completion``."""
         return digest(msgspec.json.encode(self.asked, order="deterministic").decode())
+
+    def saying(self, messages: list[dict[str, Any]]) -> Order:
+        """The same order with other texts."""
+        if self.content is not None:
+            return replace(self, content=messages[0]["content"])
+        return replace(self, messages=msgspec.convert(messages, list[OrderMessage]))
 
     @property
     def hook(self) -> Webhook | None:

@@ -73,6 +73,26 @@ async def test_the_pages_requests_reach_the_core(tmp_path: Path, rabbit: Queues)
         assert (third["kwargs"]["prompt"]["meta"], third["kwargs"]["prompt"]["priority"]) == (defaults, 7)
 
 
+async def test_filters_look_at_what_the_core_gets_and_says(tmp_path: Path, rabbit: Queues) -> None:
+    """What is redacted reaches neither the queue nor the caller; what is restored only the caller."""
+    filters: Json = {"email": {}, "phone": {"action": "restore"}}
+    async with (
+        only_api(tmp_path, rabbit, partial(echo_settings, filters=filters)) as (server, store),
+        foreign_core(rabbit, store) as core,
+        aiohttp.ClientSession(server.url) as http,
+    ):
+        text = "mail me@example.com or call +49 30 901820 now"
+        for route, what in (("/generate", {"content": text}), ("/chat_completion", {"messages": [turn(text)]})):
+            assert await post(http, route, **what) == (200, {"content": "MAIL [EMAIL] OR CALL +49 30 901820 NOW"})
+        masked = "mail [EMAIL] or call <PHONE_1> now"
+        single, conversation = [each["kwargs"]["prompt"] for each in core.seen]
+        assert (single["content"], conversation["messages"]) == (masked, [turn(masked)])
+
+
+def turn(text: str) -> Json:
+    return {"role": "user", "content": text}
+
+
 async def seen(core: ForeignCore, count: int) -> bool:
     return len(core.seen) == count
 
