@@ -13,7 +13,7 @@ from llmstream.store.repeats import digest
 from llmstream.store.store import Store
 from llmstream.types import GenerateRequest, JobState, Principal, new_id
 
-READING = frozenset({"stream", "stream_options"})
+READING = frozenset({"stream", "stream_options", "encoding_format"})
 """Fields that say how an answer is read and not what it is."""
 EVERYBODY = "*"
 TRIES = 3

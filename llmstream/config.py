@@ -41,6 +41,9 @@ class ServerSettings(Section):
     """Address to listen on. Without API keys only loopback addresses are allowed."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 picks a free one."""
+    name: Annotated[str, Field(min_length=1, max_length=100)] = "llmstream"
+    """What the service is called in ``/status`` and, as ``service.name``, in traces. ``app.name`` sets it
+    too, as ``app`` is another name of this section."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Replica processes that ``serve`` runs on the one port; each loads its own copy of every local model.
     ``UVICORN_WORKERS`` sets it too."""
@@ -179,7 +182,8 @@ class DeadlineSettings(Section):
 
 class ModelSettings(Section):
     source: str = "smollm2"
-    """``smollm2``, a path of a GGUF/GGML file, or a Hugging Face ``owner/repo/file.gguf``. Ignored by ``echo``."""
+    """``smollm2``, ``all-minilm-l6-v2`` (makes embeddings), a path of a GGUF/GGML file, or a Hugging Face
+    ``owner/repo/file.gguf``. Ignored by ``echo``."""
     engine: Literal["llamacpp", "ctransformers", "echo"] = "llamacpp"
     """What runs the model: llama.cpp, ctransformers for older GGML files, or the built-in echo."""
     slots: Annotated[int, Field(ge=1, le=256)] = 4
@@ -291,6 +295,10 @@ class BreakerSettings(Section):
     """Seconds that it is left alone at first; each time in a row it is for twice as long."""
     max_open_s: Annotated[float, Field(gt=0)] = 120.0
     """Longest time that it is left alone."""
+    wait_s: Annotated[float, Field(ge=0)] | None = 3.0
+    """Seconds that a request whose client waits for the answer waits at most where all its targets are left alone;
+    after that, or at once where it would take longer, it gets 503 with ``Retry-After``. None: as long as it may take,
+    as jobs of ``/chat/async`` do."""
 
 
 class TargetSettings(Section):
@@ -491,6 +499,12 @@ def _contradictions(settings: Settings) -> Iterator[str]:
 
 
 def _incomplete(settings: Settings) -> Iterator[str]:
+    model = settings.model
+    said = [f"model.{field} = {value!r}" for field in ("source", "device") if (value := getattr(model, field))]
+    if said and model.name is None:
+        yield f"{', '.join(said)}: model.name has to say which weights; or say it all under models"
+    elif said and model.served not in settings.models:
+        yield f"{', '.join(said)}: there is no local model {model.served!r}; set model.source, or add it under models"
     for name, provider in settings.providers.items():
         if provider.url(name) is None:
             meaning = "Root of an OpenAI-compatible API, for example https://api.openai.com/v1"

@@ -29,7 +29,10 @@ class BrokerSettings(Section):
     result_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")] = "llm-api"
     """Results of what others post are stored under ``PREFIX:JOB_ID``. ``REDIS_PREFIX`` sets it too."""
     consume: bool = True
-    """False: another core runs what is posted, and its results are waited for; other jobs do without RabbitMQ."""
+    """False: another core reads ``queue``, runs what ``/generate`` and ``/chat_completion`` post there, and stores its
+    results in our Redis; other jobs do without RabbitMQ. ``INNER_LLM_URL`` makes it false, too."""
+    result_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    """How long a request waits for such a result; after that, whoever asks again posts again."""
     prefetch: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Unfinished jobs of each lane that one replica takes out of RabbitMQ; None: twice its slots, at least 64."""
     timeout_s: Annotated[float, Field(gt=0)] = 10.0

@@ -31,6 +31,7 @@ ALIASES: Mapping[str, Key] = {
     "UVICORN_WORKERS": ("server", "workers"),
     "CELERY_CONCURRENCY": ("scheduler", "remote_slots"),
     "CELERY_LOGLEVEL": ("logging", "level"),
+    "APP__NAME": ("server", "name"),
     "APP__HOST": ("server", "host"),
     "APP__PORT": ("server", "port"),
     "BROKER": ("broker", "kind"),
@@ -42,6 +43,8 @@ ALIASES: Mapping[str, Key] = {
     "QUEUE_NAME": ("broker", "queue"),
     "REDIS_PREFIX": ("broker", "result_prefix"),
 }
+SECTIONS: Mapping[str, str] = {"app": "server"}
+"""What sections of a file are called elsewhere."""
 KUBERNETES = frozenset({"PORT", "REDIS_PORT", "RABBIT_MQ_PORT"})
 """Set by it to ``tcp://…`` in every pod beside Services named llmstream, redis and rabbit-mq."""
 
@@ -117,10 +120,11 @@ class YamlFile:
                     f"{self._at(node.start_mark)}: {name} must be a mapping with keys such as {known}"
                 )
             return
-        self._refuse_duplicates(node)
+        self._refuse_duplicates(node, {} if parent else SECTIONS)
         self._loader.flatten_mapping(node)
         for key_node, value_node in node.value:
-            key = (*parent, str(key_node.value))
+            name = str(key_node.value)
+            key = (*parent, name) if parent else (SECTIONS.get(name, name),)
             found = Found(None, self._at(key_node.start_mark), self._file.parent)
             if self._schema.find(key):
                 yield key, found._replace(value=self._loader.construct_object(value_node, deep=True))
@@ -131,14 +135,17 @@ class YamlFile:
             else:
                 self._problems.append(f"{self._at(key_node.start_mark)}: {self._schema.unknown(key)}")
 
-    def _refuse_duplicates(self, node: yaml.MappingNode) -> None:
-        first: dict[str, yaml.Mark] = {}
+    def _refuse_duplicates(self, node: yaml.MappingNode, aliases: Mapping[str, str]) -> None:
+        first: dict[str, tuple[str, yaml.Mark]] = {}
         for key_node, _ in node.value:
             name = str(key_node.value)
-            if name in first:
-                here, there = self._at(key_node.start_mark), first[name].line + 1
-                self._problems.append(f"{here}: {name!r} is here twice; it was set on line {there} before")
-            first.setdefault(name, key_node.start_mark)
+            meant = aliases.get(name, name)
+            if meant in first:
+                before, mark = first[meant]
+                said = "it" if before == name else f"{before!r}, which is the same,"
+                here = self._at(key_node.start_mark)
+                self._problems.append(f"{here}: {name!r} is here twice; {said} was set on line {mark.line + 1} before")
+            first.setdefault(meant, (name, key_node.start_mark))
 
     def _at(self, mark: yaml.Mark | None) -> str:
         return f"{self._file}:{mark.line + 1}" if mark else str(self._file)

@@ -1,7 +1,8 @@
 """Variables of the environment that other programs use too, and what they configure here: providers and their keys.
 
-``LLM_BASE_URL``, ``LLM_API_KEY`` and ``LLM_MODEL`` make a provider. A key under the name that its API gave it (such as
-``OPENAI_API_KEY``) is taken by the provider of that API, and makes one where nothing else is configured.
+``LLM_BASE_URL``, ``LLM_API_KEY`` and ``LLM_MODEL`` make a provider. So does a key under the name that its API gave it
+(such as ``OPENAI_API_KEY``) where nothing else is configured; else it is taken by the provider of that API.
+``INNER_LLM_URL`` is the core that this service stands in front of.
 """
 
 from __future__ import annotations
@@ -9,17 +10,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 
+from llmstream.config_routes import name_of
 from llmstream.config_sources import Found, Values
 from llmstream.presets import PRESETS, preset_of, recognised
 
 BASE_URL, API_KEY, MODEL = "LLM_BASE_URL", "LLM_API_KEY", "LLM_MODEL"
 UNNAMED = "llm"
 """The provider at ``LLM_BASE_URL`` where its host is none that we know."""
+CORE_URL, CORE = "INNER_LLM_URL", "core"
+"""Where the core listens that this service stands in front of, and its name as a provider."""
+
+LAYERS = {"cpu": 0, "cuda": 10_000}
+"""How many layers of a model go to the GPU at most; no model has so many."""
 
 
 def from_known_variables(values: Values, env: Mapping[str, str]) -> Values:
-    """What the environment says about providers, given what is configured already."""
-    found = _the_one(env)
+    """What the environment says about providers, and the section ``model`` about a local one."""
+    found = _the_one(env) | _core(values, env) | _local(values)
     if not found and not any(key[0] in ("models", "providers") for key in values):
         found = _ambient(env)
     return found | _keys(values | found, env)
@@ -38,6 +45,34 @@ def _the_one(env: Mapping[str, str]) -> Values:
         if env.get(variable)
     }
     return found if preset is None else {("providers", name, "preset"): Found(name, "default"), **found}
+
+
+def _local(values: Values) -> Values:
+    """The model of a service around one model."""
+    name, source, device = (values.get(("model", field)) for field in ("name", "source", "device"))
+    if source is None or source.value not in ("hub", "local") or name is None or not isinstance(name.value, str):
+        return {}
+    key = ("models", name_of(source.value, name.value) or "")
+    found = {(*key, "source"): name}
+    if device is not None and device.value in LAYERS:
+        found[*key, "gpu_layers"] = device._replace(value=LAYERS[device.value])
+    return {key: value for key, value in found.items() if key not in values}
+
+
+def _core(values: Values, env: Mapping[str, str]) -> Values:
+    """Another core, which runs the orders of its queue itself. With a queue's name RabbitMQ leads to it."""
+    if not env.get(CORE_URL):
+        return {}
+    scheme, _, rest = env[CORE_URL].rpartition("://")
+    url = f"{scheme or 'http'}://{rest.rstrip('/')}"
+    origin = f"environment variable {CORE_URL}"
+    found: Values = {
+        ("providers", CORE, "base_url"): Found(url if "/" in rest.rstrip("/") else f"{url}/v1", origin),
+        ("broker", "consume"): Found(False, origin),
+    }
+    if ("broker", "queue") in values:
+        found["broker", "kind"] = Found("rabbitmq", origin)
+    return {key: value for key, value in found.items() if key not in values}
 
 
 def _ambient(env: Mapping[str, str]) -> Values:

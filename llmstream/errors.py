@@ -77,6 +77,7 @@ class LLMStreamError(Exception):
             param=self.param,
             status=self.http_status,
             retryable=self.retryable,
+            retry_after=self.retry_after,
         )
 
     def body(self) -> dict[str, Any]:

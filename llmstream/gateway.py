@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 from msgspec.structs import replace
 
@@ -35,6 +35,7 @@ from llmstream.errors import (
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
 from llmstream.providers.tokens import Tokenizer
+from llmstream.routing.gates import NobodyLeft
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router, limits_of
 from llmstream.scheduler.accounts import Accounts
@@ -65,6 +66,7 @@ from llmstream.types import (
     GenerateRequest,
     Job,
     JobState,
+    Kind,
     ModelInfo,
     Principal,
     Restart,
@@ -74,11 +76,16 @@ from llmstream.types import (
 )
 
 if TYPE_CHECKING:
+    from llmstream.broker.core import OtherCore
     from llmstream.broker.inbox import Inbox
+    from llmstream.broker.messages import Order
     from llmstream.webhooks.webhooks import Webhooks
 
 DEFAULT_RETRY_AFTER_S = 1.0
 STORE_RETRY_AFTER_S = 1.0
+MAX_ID = 128
+"""Characters of the ids that other cores take."""
+_PROMPTS: Final[dict[Kind, str]] = {"chat": "messages", "completion": "prompt", "embedding": "input"}
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +109,8 @@ class Submission(TypedDict, total=False):
     """The same, in seconds from now."""
     webhook: Webhook | None
     """Who is to be told of its end, beside the receivers of the configuration."""
+    patience_s: float | None
+    """Somebody waits for the answer: for so long at most while all its targets are left alone."""
 
 
 class Gateway:
@@ -149,10 +158,11 @@ class Gateway:
         A request whose ``identity`` was accepted before is that job, which may be running or over.
 
         Raises BadRequest or ModelNotFound for what can never run, Overloaded with ``retry_after`` when the queue is
-        full, Draining, Conflict when the identity belongs to a different request, ShuttingDown, StoreUnavailable.
+        full, Draining, Conflict when the identity belongs to a different request, NobodyLeft, ShuttingDown,
+        StoreUnavailable.
         After an error nothing is left behind.
         """
-        job = await self._admit(request, **given)
+        job = await self._admit(request, identity=identity, **given)
         if in_memory(job.id):
             return self._run_here(job, identity)
         job = await self._duplicates.identify(job, identity)
@@ -162,7 +172,7 @@ class Gateway:
         self, request: GenerateRequest, *, identity: Identity | None = None, **given: Unpack[Submission]
     ) -> tuple[Job, Follower]:
         """Like :meth:`submit`, and reads the job from its beginning; close the follower."""
-        job = await self._admit(request, **given)
+        job = await self._admit(request, identity=identity, **given)
         if in_memory(job.id):
             return job, self.read(self._run_here(job, identity))
         job = await self._duplicates.identify(job, identity)
@@ -192,6 +202,39 @@ class Gateway:
     async def job(self, job_id: str) -> JobState:
         """The record of a job. Raises NotFound, and Conflict for a memory job of another replica."""
         return await self._store.records(job_id).get(job_id)
+
+    @property
+    def core(self) -> OtherCore | None:
+        """Another core that runs orders in place of this service, where one is configured."""
+        return self.inbox.core if self.inbox is not None else None
+
+    async def order(
+        self, order: Order, identity: Identity | None, principal: Principal, deadline_s: float | None
+    ) -> tuple[str, bytes]:
+        """Lets the other core run an order: the id it has there, and the result.
+
+        Raises what :meth:`OtherCore.ask` raises, and like :meth:`submit` for what may not be asked for.
+        """
+        assert self.core is not None
+        if self._closing:
+            raise ShuttingDown("This replica is shutting down; try again, another one will answer.", retry_after=1)
+        request = order.request("", {})
+        _refuse_long_prompt(request, self.settings.security.max_prompt_chars)
+        if principal.models is not None and not principal.may_use(request.model):
+            raise ModelNotFound(
+                f"This API key has no model {order.meta.model!r}; say one of its models with meta.model.",
+                param="meta.model",
+            )
+        job = Job(order.job_id, request, pool="", created_at=self._clock(), principal=principal.id)
+        job = await self._duplicates.identify(job, identity)
+        if len(job.id) > MAX_ID:
+            raise BadRequest(
+                f"job_id is too long: with the key's name it may have {MAX_ID} characters.", param="job_id"
+            )
+        try:
+            return job.id, await self.core.ask(replace(order, job_id=job.id), deadline_s)
+        except Conflict:
+            raise identity.conflict() if identity is not None else Conflict("The order's id is taken.") from None
 
     async def transcript(self, job_id: str) -> Transcript:
         """The answer so far, read from the log."""
@@ -395,6 +438,8 @@ class Gateway:
         not_before: float | None = None,
         delay_s: float | None = None,
         webhook: Webhook | None = None,
+        patience_s: float | None = None,
+        identity: Identity | None = None,
     ) -> Job:
         principal = principal or Principal()
         if self._closing:
@@ -411,6 +456,8 @@ class Gateway:
             )
         route = self._router.route(request)
         await route.check(request)
+        if patience_s is not None and (rest_s := self._scheduler.gates.rest_s(route.targets)) > patience_s:
+            await self._refuse_new(identity, principal, NobodyLeft.for_s(rest_s))
         self._store.check(durability)
         receivers = self._receivers(principal, webhook, durability)
         now, job_id = self._clock(), new_id(self._clock)
@@ -440,6 +487,7 @@ class Gateway:
             not_before=not_before,
             webhook=webhook,
             receivers=receivers,
+            patience_s=patience_s,
         )
 
     def _receivers(self, principal: Principal, webhook: Webhook | None, durability: Durability) -> tuple[str, ...]:
@@ -471,6 +519,11 @@ class Gateway:
                 param=param,
             )
         return now + delay_s if not_before is None else not_before
+
+    async def _refuse_new(self, identity: Identity | None, principal: Principal, error: LLMStreamError) -> None:
+        """What came before is there to be read, whoever rests now."""
+        if identity is None or not identity.named or not await self.came_before(identity, principal):
+            raise error
 
     def _run_here(self, job: Job, identity: Identity | None) -> Job:
         """Accepts a memory job. Other replicas know nothing of it, so it cannot be found under a name there."""
@@ -622,7 +675,7 @@ def _refuse_long_prompt(request: GenerateRequest, limit: int | None) -> None:
     if limit is not None and (size := request.prompt_chars) > limit:
         raise BadRequest(
             f"The prompt has {size} characters, and {limit} are allowed (security.max_prompt_chars); shorten it.",
-            param="messages" if request.kind == "chat" else "prompt",
+            param=_PROMPTS[request.kind],
             code="prompt_too_long",
         )
 
@@ -654,7 +707,7 @@ async def open_gateway(
         if settings.providers:  # what runs here counts by itself
             await tokenizer.open()
         accounts = Accounts(settings.prices, tokenizer)
-        tracing = await stack.enter_async_context(open_tracing(settings.telemetry, replica))
+        tracing = await stack.enter_async_context(open_tracing(settings.telemetry, replica, settings.server.name))
         observer = Observer([model.name for model in router.models], tracing)
         scheduler = Scheduler(
             store,
@@ -703,9 +756,8 @@ async def _open_inbox(gateway: Gateway, store: Store, scheduler: Scheduler) -> A
             "broker.kind = 'rabbitmq' (BROKER) needs aio-pika; install it: pip install 'llmstream[rabbitmq]'"
         ) from error
     slots = sum(pool.slots for pool in scheduler.pools.values())
-    door = Door(
-        gateway.models, gateway._admit_order, gateway._take_job, gateway.observer.accepted, gateway.control.pauses
-    )
+    chatting = [model for model in gateway.models if model.takes("chat")]
+    door = Door(chatting, gateway._admit_order, gateway._take_job, gateway.observer.accepted, gateway.control.pauses)
     async with open_inbox(gateway.settings.broker, store, door, slots=slots) as inbox:
         if inbox.carries_jobs:
             scheduler.on_over = inbox.over

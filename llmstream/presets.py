@@ -177,7 +177,7 @@ PRESETS: Final[dict[str, Preset]] = {
             "llmstream",
             "llmstream",
             "http://localhost:8000/v1",
-            Capabilities(continue_by="replay", embeddings=False),
+            Capabilities(continue_by="replay"),
         ),
         OTHER,
     )

@@ -11,11 +11,11 @@ from llmstream.types import BEGINNING, Delta, Event, EventId, Finished, Payload,
 class Choice:
     """One choice of an answer, growing."""
 
-    __slots__ = ("_fields", "_text", "continuable", "finish_reason", "logprobs", "pieces", "tokens")
+    __slots__ = ("_text", "continuable", "fields", "finish_reason", "logprobs", "pieces", "tokens")
 
     def __init__(self) -> None:
         self._text: list[str] = []
-        self._fields: list[dict[str, Any]] = []
+        self.fields: list[dict[str, Any]] = []
         self.tokens: list[int] = []
         self.pieces = 0
         """Pieces that the text came in: most upstreams send each token by itself."""
@@ -31,7 +31,7 @@ class Choice:
         if delta.tokens:
             self.tokens += delta.tokens
         if delta.fields:
-            self._fields.append(delta.fields)
+            self.fields.append(delta.fields)
             self.continuable = self.continuable and delta.fields.keys() <= {"role"}
         if delta.logprobs:
             self._add_logprobs(delta.logprobs)
@@ -52,7 +52,7 @@ class Choice:
     def message(self) -> dict[str, Any]:
         """The OpenAI assistant message: streamed fields merged the way the SDKs accumulate them."""
         message: dict[str, Any] = {"role": "assistant"}
-        for fields in self._fields:
+        for fields in self.fields:
             merge_fields(message, fields)
         text = self.text
         message["content"] = text if text or "tool_calls" not in message else None
@@ -122,6 +122,11 @@ class Transcript:
     def empty(self) -> bool:
         """True while nothing of an answer was logged."""
         return not self.choices
+
+    @property
+    def ended(self) -> int:
+        """Choices that have come to their end."""
+        return sum(choice.finish_reason is not None for choice in self.choices.values())
 
     @property
     def text(self) -> str:

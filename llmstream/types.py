@@ -31,7 +31,7 @@ Clock = Callable[[], float]
 Durability = Literal["full", "fsync", "memory"]
 """When an event counts as logged: the store has it, or has it on its disk. ``memory``: there is no log in the store."""
 
-Kind = Literal["chat", "completion"]
+Kind = Literal["chat", "completion", "embedding"]
 
 
 def lane_of(priority: int) -> Lane:
@@ -94,6 +94,8 @@ class Failure(Struct, frozen=True, omit_defaults=True):
     status: int = 500
     retryable: bool = False
     """Whether the same request may succeed at another time."""
+    retry_after: float | None = None
+    """Seconds after which trying again makes sense, where that is known."""
 
 
 class Started(Struct, frozen=True, tag="started", omit_defaults=True):
@@ -117,7 +119,8 @@ class Delta(Struct, frozen=True, tag="delta", omit_defaults=True):
     tokens: tuple[int, ...] = ()
     """Ids of the tokens behind ``text`` where the provider knows them; a continuation starts from these."""
     fields: dict[str, Any] | None = None
-    """Other members of an OpenAI ``delta``, verbatim: role, tool_calls, reasoning_content, refusal, audio …"""
+    """Other members of an OpenAI ``delta``, verbatim: role, tool_calls, reasoning_content, refusal, audio …; of an
+    embedding job the vector of the input ``index``, see :mod:`llmstream.vectors`."""
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
     usage: Usage | None = None
@@ -184,8 +187,9 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, kw_only=True, dic
 
     @property
     def prompt_chars(self) -> int:
-        """Characters of text in the conversation or prompt."""
-        contents = [message.get("content") for message in self.messages] or [self.body.get("prompt")]
+        """Characters of text in the conversation, prompt or inputs."""
+        contents = [message.get("content") for message in self.messages]
+        contents = contents or [self.body.get("input" if self.kind == "embedding" else "prompt")]
         return sum(map(_chars, contents))
 
     @property
@@ -194,7 +198,14 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, kw_only=True, dic
 
     @property
     def choices(self) -> int:
-        return self._seen.n or 1
+        """How many answers there will be: for embeddings one for each input."""
+        return len(self.inputs) if self.kind == "embedding" else self._seen.n or 1
+
+    @cached_property
+    def inputs(self) -> list[str | list[int]]:
+        """The texts, or their token ids, of an embedding request."""
+        given: Any = self.body.get("input")
+        return given if isinstance(given, list) and given and isinstance(given[0], str | list) else [given]
 
     @cached_property
     def _seen(self) -> _Glance:
@@ -364,6 +375,8 @@ class Job(Struct, frozen=True, omit_defaults=True):
     """What the request says about telling its end."""
     receivers: tuple[str, ...] = ()
     """Who hears of its end: names of configured receivers, and ``REQUESTED`` for ``webhook``."""
+    patience_s: float | None = None
+    """Seconds that it waits where all its targets are left alone, before it fails; None: until its deadline."""
 
     @property
     def delay_s(self) -> float:
@@ -411,7 +424,13 @@ class ModelInfo(Struct, frozen=True, omit_defaults=True):
     created: int = 0
     context: int | None = None
     """Tokens of prompt and answer together; None where the provider does not say."""
+    kinds: tuple[Kind, ...] | None = None
+    """What it can be asked for; None where the provider does not say."""
     extra: Mapping[str, Any] = {}
+
+    def takes(self, kind: Kind) -> bool:
+        """Whether to ask it for a kind where a request names no model; who does not say is taken for a chat model."""
+        return kind in (self.kinds or ("chat", "completion"))
 
 
 def own_id(principal: str, name: str) -> str:

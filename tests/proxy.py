@@ -162,6 +162,17 @@ class Proxy:
             link.client.write(data)
 
 
+class TcpProxy(Proxy):
+    """The same network in front of a port."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(Path())
+        self._port = port
+
+    async def _reach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", self._port)
+
+
 def socket_of(store: Store) -> Path:
     """The socket of a store's embedded server."""
     assert store.embedded is not None

@@ -97,6 +97,8 @@ def test_the_more_specific_variable_wins(env: dict[str, str], port: int) -> None
         ("LLM_TEMPERATURE", "0.7", "question.temperature", 0.7),
         ("LLM_MAX_TOKENS", "1000", "question.max_tokens", 1000),
         ("REQUEST_TIMEOUT", "30.0", "question.timeout_s", 30.0),
+        ("BROKER", "redis", "broker.kind", "redis"),
+        ("BROKER", "rabbitmq", "broker.kind", "rabbitmq"),
         ("APP__HOST", "::1", "server.host", "::1"),
         ("APP__PORT", "8001", "server.port", 8001),
         ("MODEL__NAME", "google/gemma-2-2b-it", "model.name", "google/gemma-2-2b-it"),
@@ -113,11 +115,85 @@ def test_variables_of_older_systems(variable: str, value: str, key: str, meant: 
     assert getattr(getattr(load(env={variable: value}), section), name) == meant
 
 
-@pytest.mark.parametrize("variable", ["MODEL__DEVICE", "MODEL__SOURCE"])
-def test_what_is_set_elsewhere_is_not_ignored(variable: str) -> None:
-    """What an older system set for its one model, and each model has of its own here, is refused by name."""
-    with pytest.raises(ConfigError, match=rf"{variable}: {variable.lower().replace('__', '.')}: unknown setting"):
-        load(env={variable: "cpu"})
+THE_PAGES_FILE = """\
+app:
+  name: "LLM FastAPI Service"
+  host: "0.0.0.0"
+  port: 8000
+
+model:
+  name: "google/gemma-2-2b-it"
+  source: "hub"  # or "local"
+  device: "cpu"   # or "cuda"
+  max_tokens: 512
+  temperature: 0.7
+
+security:
+  api_key: "change-me-in-env"
+  max_prompt_chars: 4000
+
+cache:
+  enabled: true
+  size: 100
+  ttl_seconds: 3600
+
+chat_history:
+  enabled: true
+  ttl_seconds: 7200  # 2 hours
+"""
+
+
+def test_the_file_of_a_service_around_one_model(config: Path) -> None:
+    """The page's file means here what it meant there; its variables go first."""
+    config.write_text(THE_PAGES_FILE)
+    settings = load(config, {"MODEL__MAX_TOKENS": "256", "SECURITY__API_KEY": "another-key-0123456789"})
+    server, model = settings.server, settings.model
+    assert (server.name, server.host, server.port) == ("LLM FastAPI Service", "0.0.0.0", 8000)
+    assert settings.models == {"google/gemma-2-2b-it": ModelSettings(source="google/gemma-2-2b-it", gpu_layers=0)}
+    assert not settings.providers
+    assert (model.served, model.max_tokens, model.temperature) == ("google/gemma-2-2b-it", 256, 0.7)
+    assert settings.security.api_keys == ["another-key-0123456789"]
+    assert settings.security.max_prompt_chars == 4000
+    assert (settings.cache.enabled, settings.cache.size, settings.cache.ttl_seconds) == (True, 100, 3600)
+    assert (settings.chat_history.enabled, settings.chat_history.ttl_seconds) == (True, 7200)
+    config.write_text(print_config(settings).replace("********", "another-key-0123456789"))
+    assert load(config, {}) == settings
+
+
+def test_the_variables_of_a_service_around_one_model(config: Path) -> None:
+    """``MODEL__SOURCE`` and ``MODEL__DEVICE`` make a model of a repository or a file; what is said of it goes first."""
+    local = {"MODEL__NAME": "/models/gemma-2b.gguf", "MODEL__SOURCE": "local"}
+    for device, layers in (("cpu", 0), ("cuda", 10_000)):
+        settings = load(env={**local, "MODEL__DEVICE": device})
+        assert settings.models == {"gemma-2b": ModelSettings(source="/models/gemma-2b.gguf", gpu_layers=layers)}
+        assert settings.model.served == "gemma-2b"
+    assert load(env=local).models["gemma-2b"].gpu_layers is None
+    config.write_text("models: {gemma-2b: {slots: 2, gpu_layers: 7}}\n")
+    said = load(config, {**local, "MODEL__DEVICE": "cpu"}).models["gemma-2b"]
+    assert (said.source, said.slots, said.gpu_layers) == ("/models/gemma-2b.gguf", 2, 7)
+    assert load(env={"APP__NAME": "ours"}).server.name == "ours"
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"MODEL__SOURCE": "hub"}, "model.name has to say which weights"),
+        ({"MODEL__SOURCE": "disk", "MODEL__NAME": "x"}, "one of hub, local"),
+        ({"MODEL__DEVICE": "cpu", "MODEL__NAME": "x"}, "there is no local model 'x'"),
+        ({"MODEL__DEVICE": "tpu", "MODEL__NAME": "x", "MODEL__SOURCE": "hub"}, "one of cpu, cuda"),
+    ],
+)
+def test_models_that_make_no_sense(env: dict[str, str], message: str) -> None:
+    """What is missing or wrong is named."""
+    assert message in refusal(None, env)
+
+
+def test_a_section_has_one_name_in_a_file(config: Path) -> None:
+    """``app`` and ``server`` are the same section, and what is wrong in it is named."""
+    config.write_text("app: {port: 1}\nserver: {port: 2}\n")
+    assert "'server' is here twice; 'app', which is the same, was set on line 1 before" in refusal(config)
+    config.write_text("app: {prot: 1}\n")
+    assert "server.prot: unknown setting; did you mean 'port'" in refusal(config)
 
 
 def test_variables_reach_named_sections(config: Path) -> None:
@@ -170,6 +246,21 @@ def test_variables_of_a_queue_in_front_of_a_core() -> None:
     assert "p@ss" not in shown
     assert "hidden" not in shown
     assert load(env={"REDIS_PORT": "tcp://10.0.0.1:6379", "RABBIT_MQ_PORT": "tcp://10.0.0.1:5672"}) == Settings()
+
+
+def test_variables_of_an_api_in_front_of_a_core(config: Path) -> None:
+    """``INNER_LLM_URL`` leads to the core, over RabbitMQ where a queue is named; what is said otherwise goes first."""
+    core = load(env={"INNER_LLM_URL": "localhost:8670"})
+    assert (core.broker.kind, core.broker.consume) == ("redis", False)
+    assert {name: each.base_url for name, each in core.providers.items()} == {"core": "http://localhost:8670/v1"}
+    assert not core.models
+    secure = load(env={"INNER_LLM_URL": "https://core.example.com/api/v2/"})
+    assert secure.providers["core"].base_url == "https://core.example.com/api/v2"
+    queue = load(env={"INNER_LLM_URL": "localhost:8670", "QUEUE_NAME": "llm-api-queue"})
+    assert (queue.broker.kind, queue.broker.consume) == ("rabbitmq", False)
+    config.write_text("broker: {kind: redis, consume: true, queue: q}\nproviders: {core: {base_url: http://x/v1}}\n")
+    own = load(config, {"INNER_LLM_URL": "localhost:8670"})
+    assert (own.broker.kind, own.broker.consume, own.providers["core"].base_url) == ("redis", True, "http://x/v1")
 
 
 @pytest.mark.parametrize("url", ["http://localhost", "amqp://", "localhost:5672"])

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import struct
+from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,10 @@ class Reply:
     """Answers with one JSON object although a stream was asked for."""
     counts: bool = False
     """Tells as usage what it really took and gave: 7 tokens, and one for each piece."""
+    vectors: Sequence[Sequence[float]] | None = None
+    """Embeddings; without any each input gets its number and its length."""
+    numbers: bool = False
+    """Sends embeddings as numbers although base64 was asked for."""
     prefill: bool = False
     """Goes on behind a last message of the assistant; without it such a message counts as any other."""
 
@@ -90,6 +95,7 @@ class Upstream:
         app.router.add_get("/v1/models", self._list)
         app.router.add_post("/v1/chat/completions", self._generate)
         app.router.add_post("/v1/completions", self._generate)
+        app.router.add_post("/v1/embeddings", self._generate)
         app.router.add_post("/beta/chat/completions", self._generate)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1, access_log=None)
         await self._runner.setup()
@@ -121,6 +127,8 @@ class Upstream:
             await self._gate(reply, -1)
             if reply.status != 200 or reply.body is not None:
                 return _refuse(reply)
+            if request.path.endswith("/embeddings"):
+                return web.json_response(_vectors(reply, body), headers=reply.headers)
             pieces = _rest(reply, body) if reply.prefill else reply.pieces
             if reply.counts:
                 prompt = 7 + len(reply.pieces) - len(pieces)
@@ -242,6 +250,22 @@ class Chunks:
 def _frame(data: bytes, reply: Reply) -> bytes:
     newline = reply.newline.encode()
     return b"data: " + data + newline + newline
+
+
+def _vectors(reply: Reply, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The embeddings of a request, the last input first."""
+    inputs = body["input"] if isinstance(body["input"], list) else [body["input"]]
+    found = reply.vectors or [[float(number), float(len(value))] for number, value in enumerate(inputs)]
+    base64 = body.get("encoding_format") == "base64" and not reply.numbers
+    data = [
+        {
+            "object": "embedding",
+            "index": number,
+            "embedding": b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if base64 else vector,
+        }
+        for number, vector in enumerate(found)
+    ]
+    return {"object": "list", "data": data[::-1], "model": body["model"], "usage": reply.usage}
 
 
 def _refuse(reply: Reply) -> web.Response:

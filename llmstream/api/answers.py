@@ -321,6 +321,7 @@ class ServiceHealth(TypedDict):
 
 
 class ServiceStatus(TypedDict):
+    service: str
     status: Literal["healthy", "unready"]
     model_loaded: bool
     model_name: str | None
@@ -469,3 +470,54 @@ class WebhookSecret(TypedDict):
     """The newest."""
     keys: list[str]
     """All that sign: two, while one replaces the other."""
+
+
+class PromptUsage(TypedDict):
+    """Tokens of the inputs."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(TypedDict):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+    """Numbers, or the base64 of 32-bit floats, the lowest byte first."""
+
+
+class Embeddings(TypedDict):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: PromptUsage
+
+
+class EmbeddingsAccepted(TypedDict):
+    status: Status
+    task_id: str
+    status_url: str
+
+
+class EmbeddingResult(TypedDict):
+    embeddings: list[list[float]]
+    model: str
+    count: int
+    dimensions: int
+    usage: PromptUsage
+
+
+class EmbeddingJob(TypedDict):
+    """How far a batch has come."""
+
+    task_id: str
+    status: Status
+    ready: bool
+    done: int
+    """Inputs whose vectors are there."""
+    count: int
+    """All of them."""
+    result: NotRequired[EmbeddingResult]
+    error: NotRequired[Error]

@@ -11,6 +11,7 @@ from aiohttp.typedefs import Middleware
 from llmstream.api import (
     chat,
     core,
+    embeddings,
     health,
     jobs,
     metrics,
@@ -50,7 +51,21 @@ def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.App
     app[PRESENCE] = Presence()
     app[PINGS] = Pings(settings.server.ping_s)
     app[BODY_TIMEOUT_S] = settings.server.body_timeout_s
-    families = (openai, chat, jobs, queues, core, proxy, question, service, sessions, webhooks, health, metrics)
+    families = (
+        openai,
+        chat,
+        embeddings,
+        jobs,
+        queues,
+        core,
+        proxy,
+        question,
+        service,
+        sessions,
+        webhooks,
+        health,
+        metrics,
+    )
     for family in families:
         app.add_routes(family.routes)
     if settings.server.docs:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from aiohttp import web
@@ -12,12 +13,13 @@ from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
 from llmstream.api.native_schemas import JobFields
 from llmstream.api.schemas import named_webhook
+from llmstream.api.times import Later
 from llmstream.config_routes import Multitask
-from llmstream.conversations import Conversations
+from llmstream.conversations import Conversations, Turn
 from llmstream.duplicates import Identity
 from llmstream.errors import BadRequest, ContextLengthExceeded
 from llmstream.store.follower import Follower
-from llmstream.types import Durability, GenerateRequest, Job, Principal
+from llmstream.types import Durability, GenerateRequest, Job, Kind, Principal
 
 NO_CACHE, NO_STORE = "no-cache", "no-store"
 CACHED = {"X-Cache": "hit"}
@@ -29,6 +31,8 @@ class Session(NamedTuple):
 
     id: str
     multitask: Multitask | None
+    history: bool = True
+    """Whether it is a conversation, or only where answers can be read."""
 
 
 class Asked(NamedTuple):
@@ -83,6 +87,7 @@ async def ask(
             grace_s=gateway.settings.disconnect.limit(fields.on_disconnect or on_disconnect),
             restarts=fields.on_cut != "fail",
             webhook=named_webhook(fields.webhook),
+            patience_s=gateway.settings.breaker.wait_s,
         )
         return Asked(job, follower)
 
@@ -95,19 +100,38 @@ async def ask(
             kept = {name: value for name, value in generate.body.items() if name != "max_tokens"}
             return await start(chat(generate.model, kept, generate.provider))
 
-    if session is None:
+    if session is None or not session.history:
         return await start_fitting(generate)
-    return await _next_turn(request, session, generate, known, fields, start_fitting)
+    async with next_turn(request, session, generate, known, fields.durability, fields) as turn:
+        asked = await start_fitting(turn.request)
+        turn.began(asked.job, asked.follower)
+        return asked
 
 
-async def _next_turn(
+class NextTurn:
+    """The next message of a conversation."""
+
+    def __init__(self, turn: Turn) -> None:
+        self.request = turn.request
+        """The message behind the conversation."""
+        self.follower: Follower | None = None
+        self._turn = turn
+
+    def began(self, job: Job, follower: Follower | None = None) -> None:
+        """Says which job answers, and who reads it."""
+        self._turn.job_id, self.follower = job.id, follower
+
+
+@asynccontextmanager
+async def next_turn(
     request: web.Request,
     session: Session,
     generate: GenerateRequest,
     known: Identity | None,
-    fields: JobFields,
-    start: Callable[[GenerateRequest], Awaitable[Asked]],
-) -> Asked:
+    durability: Durability | None,
+    later: Later,
+) -> AsyncIterator[NextTurn]:
+    """Waits until it is the turn of a message in its conversation. Raises BadRequest, Conflict."""
     gateway, principal = request.app[GATEWAY], principal_of(request)
     settings = gateway.settings.chat_history
     if not settings.enabled:
@@ -115,13 +139,13 @@ async def _next_turn(
             "Conversations are switched off here (chat_history.enabled); leave session_id out and send all messages.",
             param="session_id",
         )
-    if fields.scheduled:
+    if later.scheduled:
         raise BadRequest(
             "A message of a conversation is answered in its turn, not at a time of its own; leave session_id or "
             "not_before and delay_s out.",
-            param="not_before" if fields.not_before is not None else "delay_s",
+            param="not_before" if later.not_before is not None else "delay_s",
         )
-    if (fields.durability or gateway.settings.store.durability) == "memory":
+    if (durability or gateway.settings.store.durability) == "memory":
         raise BadRequest(
             "A session keeps what is said, and durability 'memory' nothing; leave one of the two out.",
             param="durability",
@@ -130,17 +154,34 @@ async def _next_turn(
     async def came_before() -> bool:
         return known is not None and known.named and await gateway.came_before(known, principal)
 
-    asked: Asked | None = None
+    mine: NextTurn | None = None
     try:
         multitask = session.multitask or settings.multitask
         async with Conversations(gateway).turn(principal, session.id, generate, multitask, came_before) as turn:
-            asked = await start(turn.request)
-            turn.job_id = asked.job.id
-        return asked
+            mine = NextTurn(turn)
+            yield mine
     except BaseException:
-        if asked is not None:
-            asked.follower.close()
+        if mine is not None and mine.follower is not None:
+            mine.follower.close()
         raise
+
+
+def session_of(
+    request: web.Request, session_id: str | None, history: bool | None, multitask: Multitask | None
+) -> Session | None:
+    """The conversation that a request adds to, where ``session_id`` alone only names its stream. Raises BadRequest."""
+    settings = request.app[GATEWAY].settings.chat_history
+    kept = settings.enabled and settings.everywhere if history is None else history
+    if kept and session_id is not None:
+        return Session(session_id, multitask)
+    if history:
+        raise BadRequest("history is that of a session; say which one with session_id.", param="history")
+    if multitask is not None:
+        raise BadRequest(
+            "multitask is for messages of one conversation; send it with session_id and history true.",
+            param="multitask",
+        )
+    return None
 
 
 async def reuse(
@@ -182,16 +223,19 @@ def principal_of(request: web.Request) -> Principal:
     return principal
 
 
-def served_model(request: web.Request) -> str | None:
-    """Who answers a request that names no model; None when the caller knows nobody by name."""
-    named = request.app[GATEWAY].settings.model.name
-    return named or next((model.name for model in caller(request).models), None)
+def served_model(request: web.Request, kind: Kind = "chat") -> str | None:
+    """Who answers a request of a kind that names no model; None when the caller knows nobody by name."""
+    defaults = request.app[GATEWAY].settings.model
+    named = defaults.embeddings if kind == "embedding" else defaults.served
+    able = (model.name for model in caller(request).models if model.takes(kind))
+    return named or next(able, None)
 
 
-def default_model(request: web.Request) -> str:
+def default_model(request: web.Request, kind: Kind = "chat") -> str:
     """Like :func:`served_model`. Raises BadRequest when there is none."""
-    if (name := served_model(request)) is None:
+    if (name := served_model(request, kind)) is None:
+        setting = "model.embeddings" if kind == "embedding" else "model.name"
         raise BadRequest(
-            "No model is configured by name; say which one with 'model', or set model.name.", param="model"
+            f"No model is configured by name; say which one with 'model', or set {setting}.", param="model"
         )
     return name

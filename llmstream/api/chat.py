@@ -8,7 +8,7 @@ import msgspec
 from aiohttp import web
 
 from llmstream.api.access import PRINCIPAL, TOKEN, caller, needs
-from llmstream.api.asking import default_model
+from llmstream.api.asking import default_model, next_turn, session_of
 from llmstream.api.body import read_json, validate
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
@@ -33,7 +33,14 @@ async def submit_chat(request: web.Request) -> web.Response:
     """Accepts a job and answers at once; the answer is read at ``stream_url``."""
     gateway = request.app[GATEWAY]
     schema, generate, known = await _read(request, gateway)
-    job = await gateway.submit(generate, identity=known, **_submission(request, gateway, schema))
+    session = session_of(request, schema.session_id, schema.history, schema.multitask)
+    submission = _submission(request, gateway, schema)
+    if session is None:
+        job = await gateway.submit(generate, identity=known, **submission)
+    else:
+        async with next_turn(request, session, generate, known, schema.durability, schema) as turn:
+            job = await gateway.submit(turn.request, identity=known, **submission)
+            turn.began(job)
     # A replica that did not accept a memory job cannot find it by its session, but knows its id for what it is.
     url = stream_url(request, job, named=schema.session_id is not None or job.durability == "memory")
     status = (await gateway.job(job.id)).status if known is not None and known.named else "queued"
@@ -56,7 +63,14 @@ async def chat(request: web.Request) -> web.StreamResponse:
     """Answers in the same response, streamed."""
     gateway = request.app[GATEWAY]
     schema, generate, known = await _read(request, gateway)
-    job, follower = await gateway.start(generate, identity=known, **_submission(request, gateway, schema))
+    session = session_of(request, schema.session_id, schema.history, schema.multitask)
+    submission = Submission(**_submission(request, gateway, schema), patience_s=gateway.settings.breaker.wait_s)
+    if session is None:
+        job, follower = await gateway.start(generate, identity=known, **submission)
+    else:
+        async with next_turn(request, session, generate, known, schema.durability, schema) as turn:
+            job, follower = await gateway.start(turn.request, identity=known, **submission)
+            turn.began(job, follower)
     headers = {"x-job-id": job.id, "Location": stream_url(request, job, named=True)}
     return await serve(request, follower, NativeFormat(), headers=headers, waiting=standing(gateway, JobState(job)))
 

@@ -14,7 +14,7 @@ from llmstream.store.repeats import digest
 KEY_HEADER = "Idempotency-Key"
 RETRY_HEADER = "x-stainless-retry-count"
 MAX_KEY = 255
-READING = frozenset({"stream", "stream_options"})
+READING = frozenset({"stream", "stream_options", "encoding_format"})
 """Fields that say how an answer is read and not what it is."""
 
 

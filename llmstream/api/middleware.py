@@ -60,17 +60,24 @@ def _challenge(error: LLMStreamError) -> dict[str, str] | None:
 
 
 def _response(
-    failure: Failure, status: int, retry_after: float | None, headers: dict[str, str] | None = None
+    failure: Failure, status: int, after_s: float | None, headers: dict[str, str] | None = None
 ) -> web.Response:
     kept = {name: value for name, value in (headers or {}).items() if name in {"Allow", "WWW-Authenticate"}}
     if status == 409:
         kept["x-should-retry"] = "false"  # official SDKs would otherwise repeat what stays refused
-    if retry_after is None and status in {429, 503}:
-        retry_after = 1.0
-    if retry_after is not None:
-        kept["Retry-After"] = str(max(1, math.ceil(retry_after)))
-        kept["retry-after-ms"] = str(max(1, math.ceil(retry_after * 1000)))
+    if after_s is None and status in {429, 503}:
+        after_s = 1.0
+    if after_s is not None:
+        kept.update(retry_after(after_s))
     return web.json_response(error_body(failure), status=status, headers=kept)
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """What tells a client when to try again."""
+    return {
+        "Retry-After": str(max(1, math.ceil(seconds))),
+        "retry-after-ms": str(max(1, math.ceil(seconds * 1000))),
+    }
 
 
 def _http_failure(request: web.BaseRequest, error: web.HTTPException) -> Failure:

@@ -119,5 +119,7 @@ class ServiceChatBody(ServiceBody):
     """Answers with server-sent events."""
     session_id: SessionId | None = None
     """The conversation that the messages belong to: what was said before is added."""
+    history: StrictBool = True
+    """False: the session is only where the answer can be read."""
     multitask: Multitask | None = None
     """What to do while another message of the session is being answered."""

@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 
 from llmstream.api.access import PRINCIPAL, caller, needs
-from llmstream.api.asking import CACHED, Asked, reuse
+from llmstream.api.asking import CACHED, Asked, next_turn, reuse, session_of
 from llmstream.api.body import read_json, validate
 from llmstream.api.duplicates import identity
 from llmstream.api.keys import GATEWAY
@@ -19,7 +19,7 @@ from llmstream.api.schemas import ChatCompletionBody, named_webhook, openai_requ
 from llmstream.api.sse import position, serve
 from llmstream.api.whole import failed, read_whole
 from llmstream.errors import BadRequest, ModelNotFound, NotFound
-from llmstream.gateway import Gateway
+from llmstream.gateway import Gateway, Submission
 from llmstream.store.follower import Follower
 from llmstream.types import BEGINNING, EventId, Job, ModelInfo
 
@@ -46,27 +46,33 @@ async def answer(request: web.Request, body: dict[str, Any], raw: bytes) -> web.
     fresh = schema.scheduled or schema.webhook is not None
     if gateway.settings.cache.covers_all and schema.session_id is None and not fresh:
         there, known = await reuse(request, generate, known, schema.durability)
-    job, follower, cached = there or Asked(
-        *await gateway.start(
-            generate,
-            principal=request.get(PRINCIPAL),
-            priority=schema.priority,
-            session_id=schema.session_id,
-            deadline_s=schema.deadline_s,
-            not_before=schema.not_before,
-            delay_s=schema.delay_s,
-            durability=schema.durability,
-            identity=known,
-            grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),
-            restarts=not schema.stream or (schema.on_cut or gateway.settings.retry.on_cut) == "restart",
-            webhook=named_webhook(schema.webhook),
-        )
+    session = session_of(request, schema.session_id, schema.history, schema.multitask)
+    submission = Submission(
+        principal=request.get(PRINCIPAL),
+        priority=schema.priority,
+        session_id=schema.session_id,
+        deadline_s=schema.deadline_s,
+        durability=schema.durability,
+        grace_s=disconnect.limit(schema.on_disconnect or disconnect.streams),
+        restarts=not schema.stream or (schema.on_cut or gateway.settings.retry.on_cut) == "restart",
+        not_before=schema.not_before,
+        delay_s=schema.delay_s,
+        patience_s=gateway.settings.breaker.wait_s,
+        webhook=named_webhook(schema.webhook),
     )
+    if there is not None:
+        job, follower, cached = there
+    elif session is None:
+        job, follower, cached = Asked(*await gateway.start(generate, identity=known, **submission))
+    else:
+        async with next_turn(request, session, generate, known, schema.durability, schema) as turn:
+            job, follower, cached = Asked(*await gateway.start(turn.request, identity=known, **submission))
+            turn.began(job, follower)
     headers, stream = {**_headers(request, job), **(CACHED if cached else {})}, schema.stream
     old = cached or (known is not None and known.named)
     begins_at = await _skip_to_restart(gateway, job, follower) if old else None
     wire = ChatFormat(job, include_usage=schema.include_usage, begins_at=begins_at)
-    del schema, body, raw, generate, there  # a stream may be open for hours
+    del schema, body, raw, generate, there, session, submission  # a stream may be open for hours
     if stream:
         del job
         return await serve(request, follower, wire, headers=headers)
@@ -164,4 +170,6 @@ def _model(model: ModelInfo) -> dict[str, object]:
     }
     if model.context is not None:
         body["context_length"] = model.context
+    if model.kinds is not None:
+        body["capabilities"] = {"chat": "chat" in model.kinds, "embeddings": "embedding" in model.kinds}
     return {**body, **model.extra}

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from aiohttp import web
 
-from llmstream.store.follower import Follower
+from llmstream.store.follower import Seat
 
 LOOK_S = 0.25
 
@@ -53,10 +53,10 @@ class Attended:
 
     __slots__ = ("_cancelling", "_gone", "_presence", "_request", "_seat", "_task")
 
-    def __init__(self, request: web.Request, follower: Follower) -> None:
+    def __init__(self, request: web.Request, seat: Seat | None = None) -> None:
         self._request = request
         self._presence = request.app[PRESENCE]
-        self._seat = follower.seat
+        self._seat = seat
         self._gone = False
 
     async def __aenter__(self) -> None:

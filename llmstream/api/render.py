@@ -12,6 +12,7 @@ from llmstream.report import usage_body
 from llmstream.store.entry import Entry
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, EventId, Failure, Finished, Job, Payload, Restart, Started, Usage
+from llmstream.vectors import decode_floats, vectors
 
 _json: Callable[[Any], bytes] = msgspec.json.Encoder().encode
 
@@ -193,3 +194,25 @@ def chat_completion(job: Job, transcript: Transcript) -> dict[str, Any]:
         "choices": choices,
         "usage": usage_body(transcript.usage or Usage()),
     }
+
+
+def embedding_list(job: Job, transcript: Transcript, *, base64: bool) -> bytes:
+    """All vectors of a job as an OpenAI list, as base64 or as numbers."""
+    item = b'{"object":"embedding","index":%d,"embedding":%s}'
+    data = [
+        item % (index, _json(vector if base64 else decode_floats(vector)))
+        for index, vector in enumerate(vectors(transcript))
+    ]
+    usage = usage_body(transcript.usage or Usage())
+    del usage["completion_tokens"]
+    model = _json(job.request.model)
+    return b'{"object":"list","data":[%s],"model":%s,"usage":%s}' % (b",".join(data), model, _json(usage))
+
+
+def embedding_result(job: Job, transcript: Transcript) -> dict[str, Any]:
+    """The same as ``/embeddings/{task_id}`` has it."""
+    found = [decode_floats(vector) for vector in vectors(transcript)]
+    usage = usage_body(transcript.usage or Usage())
+    del usage["completion_tokens"]
+    shape = {"count": len(found), "dimensions": len(found[0])}
+    return {"embeddings": found, "model": job.request.model, **shape, "usage": usage}

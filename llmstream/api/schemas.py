@@ -22,6 +22,7 @@ from pydantic.config import JsonDict
 
 from llmstream.api.times import Later
 from llmstream.config import OnCut, OnDisconnect
+from llmstream.config_routes import Multitask
 from llmstream.config_webhooks import EventType
 from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Durability, GenerateRequest, Kind, Webhook, encode
 
@@ -34,7 +35,7 @@ SessionId = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:@-]{1,128}$")]
 
 EXTENSIONS = frozenset({
     "provider", "priority", "session_id", "deadline_s", "job_id", "on_disconnect", "on_cut", "durability",
-    "not_before", "delay_s", "webhook",
+    "not_before", "delay_s", "history", "multitask", "webhook",
 })  # fmt: skip
 """Fields of ours in an OpenAI body; upstreams never see them."""
 
@@ -102,6 +103,10 @@ class OpenAIBody(Later):
     """Extension: 10 first, -10 last."""
     session_id: SessionId | None = None
     """Extension: the answer can also be read at ``/stream/{session_id}``."""
+    history: StrictBool | None = None
+    """Extension: the session is a conversation, and what was said in it before is added."""
+    multitask: Multitask | None = None
+    """Extension: what to do while another message of the conversation is being answered."""
     deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None
     """Extension: seconds from now after which the job fails if it is not finished, waiting included."""
     job_id: JobId | None = None
@@ -161,6 +166,10 @@ class ChatBody(Later):
     """10 first, -10 last."""
     session_id: SessionId | None = None
     """The answer can also be read at ``/stream/{session_id}``."""
+    history: StrictBool | None = None
+    """Whether the message goes on with the conversation of ``session_id``, and is kept in it."""
+    multitask: Multitask | None = None
+    """What the message does while another one of its conversation is being answered."""
     provider: StrictStr | None = None
     """Run by this provider."""
     deadline_s: Annotated[Number, Field(gt=0, le=7 * 24 * 3600)] | None = None

@@ -32,6 +32,7 @@ async def status(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     return web.json_response(
         {
+            "service": gateway.settings.server.name,
             "status": "healthy" if gateway.unready is None else "unready",
             "model_loaded": bool(gateway.models),
             "model_name": served_model(request),
@@ -59,7 +60,7 @@ async def converse(request: web.Request) -> web.StreamResponse:
     """Answers a conversation, whole or as a stream that can be resumed."""
     body, _ = await read_json(request)
     schema = validate(ServiceChatBody, body)
-    session = Session(schema.session_id, schema.multitask) if schema.session_id is not None else None
+    session = Session(schema.session_id, schema.multitask, schema.history) if schema.session_id is not None else None
     asked, stream = await _ask(request, schema, body, body["messages"], session), schema.stream
     del schema, body  # a stream may be open for hours
     if stream:

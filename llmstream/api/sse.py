@@ -156,7 +156,7 @@ async def serve(
     response = Stream(request.app[PINGS], headers=headers)
     try:
         with follower:
-            async with Attended(request, follower):
+            async with Attended(request, follower.seat):
                 await response.prepare(request)
                 async with response:
                     if waiting is not None:

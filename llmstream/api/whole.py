@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from llmstream.api.middleware import retry_after
 from llmstream.api.observing import note_upstream
 from llmstream.api.presence import Attended
 from llmstream.api.render import CANCELLED
 from llmstream.api.sse import deliver
 from llmstream.errors import error_body
+from llmstream.routing.gates import NobodyLeft
 from llmstream.store.entry import Entry
 from llmstream.store.follower import Follower
 from llmstream.transcript import Transcript
+from llmstream.types import Failure
 
 
 class _Gathered:
@@ -38,7 +41,7 @@ async def read_whole(request: web.Request, follower: Follower) -> Transcript:
     """Reads a job to its end while the client is there."""
     transcript = Transcript()
 
-    async with Attended(request, follower):
+    async with Attended(request, follower.seat):
         await deliver(follower, _Gathered(transcript))
     note_upstream(request, follower)
     return transcript
@@ -52,6 +55,15 @@ def failed(transcript: Transcript, headers: dict[str, str]) -> web.Response | No
         failure = CANCELLED
     if failure is None:
         return None
+    return ended_badly(failure, headers)
+
+
+def ended_badly(failure: Failure, headers: dict[str, str]) -> web.Response:
+    """The error of a job that was accepted and has no answer."""
     status = 409 if failure.code == "cancelled" else failure.status
-    # The job was accepted and has ended: trying the same again is the caller's decision, not their SDK's.
-    return web.json_response(error_body(failure), status=status, headers={**headers, "x-should-retry": "false"})
+    if failure.retry_after is not None and status in {429, 503}:
+        headers = {**headers, **retry_after(failure.retry_after)}
+    if failure.code != NobodyLeft.code:
+        # The job was accepted and has ended: trying the same again is the caller's decision, not their SDK's.
+        headers = {**headers, "x-should-retry": "false"}
+    return web.json_response(error_body(failure), status=status, headers=headers)

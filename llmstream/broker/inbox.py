@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from llmstream.broker.messages import JOB, ORDER, Order, job_id_of, parse, refusal, result, task
+from llmstream.broker.core import OtherCore
+from llmstream.broker.messages import JOB, Order, job_id_of, parse, refusal, result
 from llmstream.broker.rabbitmq import Delivery, RabbitMQ, open_rabbitmq, queue_of
 from llmstream.config_broker import BrokerSettings
 from llmstream.errors import (
     BadRequest,
     BrokerUnavailable,
     Conflict,
-    DeadlineExceeded,
     LLMStreamError,
     ShuttingDown,
     StoreUnavailable,
@@ -38,7 +38,6 @@ RETRY_S = 0.2
 LOOK_S = 1.0
 """How often jobs in our hands are compared with their records; what ends is told, so this is for what got lost."""
 LOOKS_AT_ONCE = 500
-FIRST_ASK_S, LONGEST_ASK_S = 0.02, 0.5
 AWAY = (StoreUnavailable, BrokerUnavailable, ShuttingDown)
 
 logger = logging.getLogger(__name__)
@@ -99,6 +98,11 @@ class Inbox:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
 
+    @property
+    def core(self) -> OtherCore | None:
+        """Who runs orders where they are not run here."""
+        return None if self.carries_jobs else OtherCore(self._settings, self._store, self._results, self.broker)
+
     def open(self) -> None:
         self._store.signals.on_over = self._ended
         self._watch = asyncio.create_task(self._look_after(), name="rabbitmq-held")
@@ -126,32 +130,6 @@ class Inbox:
     async def post(self, job: Job) -> None:
         """Puts a job on record into the queue of its lane. Raises BrokerUnavailable, Overloaded."""
         await self.broker.publish(queue_of(self._settings.queue, job.lane), encode(job), kind=JOB, message_id=job.id)
-
-    async def ask(self, order: Order, deadline_s: float) -> bytes:
-        """Lets another core run an order, and waits for its result. An order that has a result is not run again.
-
-        Raises BrokerUnavailable, StoreUnavailable, Conflict when the id belongs to another order, DeadlineExceeded.
-        """
-        known = await self._store.repeats.point(f"order-{order.job_id}", order.fingerprint, self._results.retention_s)
-        if known != order.fingerprint:
-            raise Conflict(
-                f"The job id {order.job_id!r} is taken by a different request; choose another id.", param="job_id"
-            )
-        found, pause = await self._results.get(order.job_id), FIRST_ASK_S
-        if found is None:
-            await self.broker.publish(self._settings.queue, task(order), kind=ORDER, message_id=order.job_id)
-        try:
-            async with asyncio.timeout(deadline_s):
-                while found is None:
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 1.5, LONGEST_ASK_S)
-                    found = await self._results.get(order.job_id)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"No core stored a result within {deadline_s:g} s; check that one reads the queue "
-                f"{self._settings.queue!r} and has the same REDIS_PREFIX. Asking again under the same job_id is fine."
-            ) from None
-        return found
 
     async def take(self, delivery: Delivery) -> None:
         """Leads one message to a job in line, or to the dead letters."""

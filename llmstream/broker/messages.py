@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from llmstream.config_webhooks import EventType
-from llmstream.errors import BadRequest
+from llmstream.errors import BadRequest, UpstreamBroken
 from llmstream.store.repeats import digest
 from llmstream.transcript import Transcript
 from llmstream.types import MAX_PRIORITY, MIN_PRIORITY, Failure, GenerateRequest, Job, JobState, Webhook, encode
@@ -64,9 +64,15 @@ class Order(Struct, frozen=True):
             raise ValueError("give either 'content' (a prompt) or 'messages' (a conversation)")
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """What the order says beside its id, as :func:`said`."""
+        value = msgspec.to_builtins(self)
+        return said(value["meta"], value["messages"] if self.content is None else self.content, self.priority or 0)
+
+    @property
     def fingerprint(self) -> str:
-        """Equal for orders that ask for the same answer."""
-        return digest("order", encode(self).decode())
+        """Equal for orders that ask for the same answer, and for requests to ``/generate`` and ``/chat_completion``."""
+        return digest(msgspec.json.encode(self.asked, order="deterministic").decode())
 
     @property
     def hook(self) -> Webhook | None:
@@ -89,7 +95,26 @@ class Order(Struct, frozen=True):
         return GenerateRequest.of("chat", model, body)
 
 
+def said(meta: dict[str, Any], what: str | list[dict[str, Any]], priority: int) -> dict[str, Any]:
+    """A generation somebody asks for, the same wherever it comes from: ``meta`` has all its members."""
+    return {"meta": {**meta, "stop_words": meta["stop_words"] or []}, "said": what, "priority": priority}
+
+
+class _Error(Struct, frozen=True):
+    message: str
+    type: str = "server_error"
+    code: str | None = None
+    param: str | None = None
+    status: Annotated[int, Meta(ge=400, le=599)] = 502
+
+
+class _Result(Struct, frozen=True):
+    content: str | None = None
+    error: _Error | None = None
+
+
 _jobs = msgspec.json.Decoder(Job)
+_results = msgspec.json.Decoder(_Result)
 
 
 def parse(body: bytes, kind: str | None, message_id: str | None) -> Job | Order:
@@ -157,5 +182,18 @@ def result(state: JobState, transcript: Transcript) -> bytes:
 
 def refusal(failure: Failure) -> bytes:
     """The result of an order that was not or could not be run to its end."""
-    error = {"message": failure.message, "type": failure.type, "param": failure.param, "code": failure.code}
+    error = _Error(failure.message, failure.type, failure.code, failure.param, failure.status)
     return encode({"content": "", "error": error})
+
+
+def answer_of(stored: bytes) -> str | Failure:
+    """What a stored result says. Raises UpstreamBroken for one that cannot be read."""
+    try:
+        found = _results.decode(stored)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise UpstreamBroken(f"The core stored a result that cannot be read: {error}.") from None
+    if found.error is not None:
+        return Failure(**msgspec.structs.asdict(found.error))
+    if found.content is None:
+        raise UpstreamBroken("The core stored a result without 'content'.")
+    return found.content

@@ -210,9 +210,9 @@ class RabbitMQ:
 
     async def close(self) -> None:
         """Ends the session; what was not acknowledged goes to others."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        while self._task is not None and not self._task.done():
+            self._task.cancel()  # which asyncio.wait_for loses when what it waits for ends just then (Python 3.11)
+            await asyncio.wait([self._task], timeout=0.1)
         if self._session is not None:
             await self._session.close()
 

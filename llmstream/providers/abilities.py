@@ -32,6 +32,10 @@ _asked = msgspec.json.Decoder(_Asked).decode
 
 def check_capabilities(request: GenerateRequest, can: Capabilities, provider: str) -> None:
     """Raises BadRequest naming the first member that asks for what the provider cannot do."""
+    if request.kind == "embedding":
+        if not can.embeddings:
+            raise _unable("model", provider, "makes no embeddings", "embeddings")
+        return
     if can.choices and can.tools and can.logprobs and can.json_schema:
         return
     body = _asked(request.raw)
@@ -48,12 +52,16 @@ def check_capabilities(request: GenerateRequest, can: Capabilities, provider: st
     }
     for param, (able, wanted, setting, cannot) in asked.items():
         if wanted and not able:
-            raise BadRequest(
-                f"{param}: the provider {provider!r} {cannot}; leave it out or ask another provider. If it can by now, "
-                f"set providers.{provider}.{setting} to true.",
-                param=param,
-                code="unsupported_by_provider",
-            )
+            raise _unable(param, provider, f"{cannot}; leave it out", setting)
+
+
+def _unable(param: str, provider: str, cannot: str, setting: str) -> BadRequest:
+    return BadRequest(
+        f"{param}: the provider {provider!r} {cannot} or ask another provider. If it can by now, set "
+        f"providers.{provider}.{setting} to true.",
+        param=param,
+        code="unsupported_by_provider",
+    )
 
 
 def told(can: Capabilities) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -47,8 +48,21 @@ async def _local(name: str, model: ModelSettings, settings: Settings, progress: 
     if model.engine == "echo":
         return EchoProvider(name, model)
     from llmstream.providers.local import LocalProvider
+    from llmstream.providers.local_embeddings import LocalEmbeddings
 
-    return LocalProvider(name, model, await _weights(model, settings, progress))
+    weights = await _weights(model, settings, progress)
+    if model.engine == "llamacpp" and await asyncio.to_thread(_embeds, weights):
+        return LocalEmbeddings(name, model, weights)
+    return LocalProvider(name, model, weights)
+
+
+def _embeds(weights: Path) -> bool:
+    from llmstream.providers.engines.llama_parameters import pools
+
+    try:
+        return pools(weights)
+    except (ValueError, OSError):  # the engine says what is wrong when it loads the file
+        return False
 
 
 async def _weights(model: ModelSettings, settings: Settings, progress: PullProgress | None) -> Path:

@@ -184,7 +184,7 @@ class Answer(ABC):
                     deltas.append(delta)
             if chunk.usage:
                 last = deltas.pop() if len(deltas) > added else Delta()
-                deltas.append(msgspec.structs.replace(last, usage=_usage(chunk.usage)))
+                deltas.append(msgspec.structs.replace(last, usage=usage_of(chunk.usage)))
 
     def _delta(self, choice: _Choice) -> Delta | None:
         self._seen.add(choice.index)
@@ -265,7 +265,7 @@ class WholeAnswer(Answer):
         return deltas
 
 
-def _usage(usage: dict[str, Any]) -> Usage:
+def usage_of(usage: dict[str, Any]) -> Usage:
     prompt, completion = usage.pop("prompt_tokens", None), usage.pop("completion_tokens", None)
     usage.pop("total_tokens", None)
     return Usage(

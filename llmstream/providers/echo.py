@@ -19,9 +19,12 @@ from llmstream.errors import (
     UpstreamBroken,
     UpstreamRejected,
 )
+from llmstream.providers import echo_vectors
 from llmstream.providers.base import Sink
+from llmstream.providers.fields import check_fields
 from llmstream.transcript import Transcript
-from llmstream.types import Delta, GenerateRequest, ModelInfo, Usage
+from llmstream.types import Delta, GenerateRequest, Kind, ModelInfo, Usage
+from llmstream.vectors import Slices, encode_floats, made_by
 
 DEFAULT_CONTEXT = 4096
 _BATCH = 32
@@ -91,7 +94,8 @@ class EchoProvider:
 
     @property
     def models(self) -> Sequence[ModelInfo]:
-        return (ModelInfo(name=self.name, provider=self.name, context=self._context),)
+        kinds: tuple[Kind, ...] = ("chat", "completion", "embedding")
+        return (ModelInfo(name=self.name, provider=self.name, context=self._context, kinds=kinds),)
 
     async def open(self) -> None:
         """Needs nothing."""
@@ -101,6 +105,9 @@ class EchoProvider:
 
     async def check(self, request: GenerateRequest) -> None:
         _options(request)
+        if request.kind == "embedding":
+            self._check_inputs(request)
+            return
         prompt = _count_words(request)
         if (excess := prompt + 1 - self._context) > 0:
             raise ContextLengthExceeded(
@@ -109,7 +116,21 @@ class EchoProvider:
                 param="messages" if request.kind == "chat" else "prompt",
             )
 
+    def _check_inputs(self, request: GenerateRequest) -> None:
+        check_fields(request, also={"echo"})
+        if request.body.get("dimensions") not in (None, echo_vectors.DIMENSIONS):
+            raise BadRequest(
+                f"The vectors of {self.name!r} have {echo_vectors.DIMENSIONS} dimensions.", param="dimensions"
+            )
+        longest = max(map(echo_vectors.tokens, request.inputs))
+        if longest > self._context:
+            raise ContextLengthExceeded(
+                f"An input has {longest} tokens and {self.name!r} reads at most {self._context}.", param="input"
+            )
+
     def can_continue(self, request: GenerateRequest, so_far: Transcript) -> bool:
+        if request.kind == "embedding":
+            return made_by(so_far, self.name)
         if request.choices != 1:
             return False
         plan, produced = self._plan(request, _options(request)), len(so_far.tokens)
@@ -118,6 +139,9 @@ class EchoProvider:
     async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
         await self.check(request)
         options = _options(request)
+        if request.kind == "embedding":
+            await self._embed(request, options, so_far, sink)
+            return
         plan = self._plan(request, options, faulty=self._faulty(request, options))
         self.running += 1
         try:
@@ -132,6 +156,27 @@ class EchoProvider:
             if plan.fault_at == position:
                 await self._fail(options)
             sink.put(plan.end())
+        finally:
+            self.running -= 1
+
+    async def _embed(
+        self, request: GenerateRequest, options: EchoOptions, so_far: Transcript | None, sink: Sink
+    ) -> None:
+        """Like a local model slice by slice; the pause and the faults are those before an input."""
+        inputs, faulty = request.inputs, self._faulty(request, options)
+        delay_ms = self._settings.delay_ms if options.delay_ms is None else options.delay_ms
+        parts = Slices(inputs, self.name, so_far)
+        self.running += 1
+        try:
+            for part in parts:
+                for at in part:
+                    if faulty and at == options.at:
+                        await self._fail(options)
+                    await self._sleep(delay_ms / 1000)
+                vectors = [encode_floats(echo_vectors.vector(inputs[at])) for at in part]
+                tokens = sum(echo_vectors.tokens(inputs[at]) for at in part)
+                if not sink.put(parts.deltas(part, vectors, tokens)):
+                    await sink.drained()
         finally:
             self.running -= 1
 

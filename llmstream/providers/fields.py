@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from llmstream.errors import BadRequest
-from llmstream.types import GenerateRequest
+from llmstream.types import GenerateRequest, Kind
 
 MAX_STOPS = 16
 
@@ -39,14 +39,13 @@ Rule = Callable[[Any], str | None]
 """Says what a value should have been, or None when it is right."""
 
 
-def check_fields(request: GenerateRequest) -> None:
+def check_fields(request: GenerateRequest, also: Collection[str] = ()) -> None:
     """Raises BadRequest naming the first field that is wrong, unknown, or cannot be honoured here."""
-    rules = CHAT if request.kind == "chat" else COMPLETION
-    required = "messages" if request.kind == "chat" else "prompt"
+    rules, required = RULES[request.kind]
     if request.body.get(required) is None:
         raise BadRequest(f"{required} is missing.", param=required)
     for name, value in request.body.items():
-        if value is None or name in WITHOUT_EFFECT:
+        if value is None or name in WITHOUT_EFFECT or name in also:
             continue
         if name in rules:
             expected = rules[name](value)
@@ -166,6 +165,10 @@ def _prompt(value: Any) -> str | None:
     return None if isinstance(value, str) or tokens else "one text or one list of token ids; send others separately"
 
 
+def _inputs(value: Any) -> str | None:
+    return None if isinstance(value, str | list) and value else "a text, a list of token ids, or a list of these"
+
+
 _SAMPLING: dict[str, Rule] = {
     "temperature": _number(0, 2),
     "top_p": _number(0, 1),
@@ -191,3 +194,14 @@ CHAT: dict[str, Rule] = {
     "tool_choice": _tool_choice,
 }
 COMPLETION: dict[str, Rule] = {**_SAMPLING, "prompt": _prompt, "logprobs": _integer(0, 5)}
+EMBEDDING: dict[str, Rule] = {
+    "input": _inputs,
+    "dimensions": _integer(1, 2**31 - 1),
+    "encoding_format": lambda value: None if value in ("float", "base64") else "float or base64",
+}
+RULES: Mapping[Kind, tuple[dict[str, Rule], str]] = {
+    "chat": (CHAT, "messages"),
+    "completion": (COMPLETION, "prompt"),
+    "embedding": (EMBEDDING, "input"),
+}
+"""For each kind its fields, and the one that it cannot do without."""

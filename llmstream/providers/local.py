@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmstream.config import ModelSettings
-from llmstream.errors import BadRequest, ContextLengthExceeded, UpstreamBroken
+from llmstream.errors import BadRequest, ContextLengthExceeded, UpstreamBroken, UpstreamUnknown
 from llmstream.providers.base import Sink
 from llmstream.providers.device import Device
 from llmstream.providers.engines.base import EngineSpec
 from llmstream.providers.fields import check_fields
+from llmstream.providers.stream import Stream
 from llmstream.transcript import Transcript
 from llmstream.types import GenerateRequest, ModelInfo
 
@@ -18,12 +19,15 @@ from llmstream.types import GenerateRequest, ModelInfo
 class LocalProvider:
     """Implements :class:`~llmstream.providers.base.Provider` with one engine process."""
 
+    engine: str | None = None
+    """What runs the model where the settings do not say it exactly."""
+
     def __init__(self, name: str, settings: ModelSettings, weights: Path) -> None:
         self._name, self._settings = name, settings
         self._device = Device(
             name,
             EngineSpec(
-                engine=settings.engine,
+                engine=self.engine or settings.engine,
                 path=str(weights),
                 slots=settings.slots,
                 context=settings.context,
@@ -48,7 +52,8 @@ class LocalProvider:
 
     @property
     def models(self) -> Sequence[ModelInfo]:
-        return [ModelInfo(name=self._name, provider=self._name, context=self._device.info.context or None)]
+        context = self._device.info.context or None
+        return [ModelInfo(name=self._name, provider=self._name, context=context, kinds=("chat", "completion"))]
 
     @property
     def pid(self) -> int | None:
@@ -62,6 +67,7 @@ class LocalProvider:
         await self._device.close()
 
     async def check(self, request: GenerateRequest) -> None:
+        self._check_kind(request, BadRequest)
         check_fields(request)
         if request.choices > self.slots:
             raise BadRequest(
@@ -87,14 +93,28 @@ class LocalProvider:
         return request.choices == 1 and not bound and not tools and bool(plain) and so_far.continuable
 
     async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
+        self._check_kind(request, UpstreamUnknown)
         text, tokens = (so_far.text, tuple(so_far.tokens)) if so_far else ("", ())
         stream = await self._device.start(request, sink, text, tokens)
         try:
             await stream.ended()
         finally:
             await self._device.stop(stream)
+        self._check_whole(stream, request)
+
+    def _check_whole(self, stream: Stream, request: GenerateRequest) -> None:
         if len(stream.finished) < request.choices:
             raise UpstreamBroken(f"The engine of {self._name!r} stopped in the middle of an answer.")
+
+    def _check_kind(self, request: GenerateRequest, error: type[BadRequest | UpstreamUnknown]) -> None:
+        """Raises ``error`` for a request of a kind that is not for this model; routes may lead there all the same."""
+        if request.kind == "embedding":
+            raise error(
+                f"The model {self._name!r} makes no embeddings; ask one that does. GET /v1/models lists what each can.",
+                param="model",
+                code="model_cannot_embed",
+                status=400,
+            )
 
     async def health(self) -> dict[str, object]:
         """Status ``loading``, ``ok``, ``restarting`` or ``closed``, with pid, context, slots and restarts."""

@@ -24,20 +24,27 @@ from llmstream.providers.abilities import check_capabilities, plain_text, told
 from llmstream.providers.base import CannotContinue, Sink
 from llmstream.providers.chunks import Answer, ChunkStream, WholeAnswer
 from llmstream.providers.continuing import Continued, produced_tokens
+from llmstream.providers.gathering import Gathered
 from llmstream.providers.http.client import Client
 from llmstream.providers.http.connection import Broken, Connection
 from llmstream.providers.http.origin import target
 from llmstream.providers.nested import UpstreamJobFailed, UpstreamJobs, is_final, name_of
 from llmstream.providers.prefill import upstream_body
 from llmstream.providers.refusals import Complaint, refusal, reported
+from llmstream.providers.vectors_answer import VectorsAnswer
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, GenerateRequest, Kind, ModelInfo
+from llmstream.vectors import SLICE_INPUTS
 
 HEALTH_S = 2.0
 STOP_S = 5.0
 _ERROR_BODY_S = 2.0
 _ERROR_BODY_BYTES = 64 * 1024
-_PATHS: Final[dict[Kind, str]] = {"chat": "/chat/completions", "completion": "/completions"}
+_PATHS: Final[dict[Kind, str]] = {
+    "chat": "/chat/completions",
+    "completion": "/completions",
+    "embedding": "/embeddings",
+}
 
 
 logger = logging.getLogger(__name__)
@@ -109,6 +116,9 @@ class OpenAIProvider:
         return (so_far.empty or so_far.continuable) and (self.can.continue_by == "replay" or plain_text(request))
 
     async def generate(self, request: GenerateRequest, so_far: Transcript | None, sink: Sink) -> None:
+        if request.kind == "embedding":
+            await self._embed(request, sink)
+            return
         if so_far is not None and self._reached_its_limit(request, so_far):
             sink.put([Delta(finish_reason="length", usage=so_far.usage)])
             return
@@ -124,6 +134,17 @@ class OpenAIProvider:
         if continued is not None and continued.diverged:
             raise CannotContinue(self._says("did not repeat what it had said before it was cut"))
 
+    async def _embed(self, request: GenerateRequest, sink: Sink) -> None:
+        """All in one request, as limits of requests and tokens count; what came is logged in bounded entries."""
+        made = Gathered()
+        try:
+            await self._ask(request, None, None, made)
+        except Broken as error:
+            raise UpstreamUnreachable(self._says(f"could not be reached: {error}")) from None
+        for start in range(0, len(made.deltas), SLICE_INPUTS):
+            if not sink.put(made.deltas[start : start + SLICE_INPUTS]):
+                await sink.drained()
+
     async def _ask(
         self, request: GenerateRequest, so_far: Transcript | None, continued: Continued | None, sink: Sink
     ) -> None:
@@ -137,7 +158,7 @@ class OpenAIProvider:
                 raise await self._refusal(response)
             if self._nested is not None:
                 self._nested.note(request, response)
-            await self._read(response, self._answer(response, request.choices), continued, sink)
+            await self._read(response, self._answer(response, request), continued, sink)
         if self._nested is not None and not (continued and continued.diverged):
             self._nested.over(request)
 
@@ -185,15 +206,17 @@ class OpenAIProvider:
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError(f"{where}.api_key: has characters that no HTTP header can hold", param="api_key")
 
-    def _answer(self, response: Connection, choices: int) -> Answer:
+    def _answer(self, response: Connection, request: GenerateRequest) -> Answer:
         kind, coding = response.headers.get("content-type", ""), response.headers.get("content-encoding", "identity")
         if coding != "identity":
             raise UpstreamBroken(self._says(f"compresses its answers ({coding}), though it is asked not to"))
+        if request.kind == "embedding" and not kind.startswith("text/html"):
+            return VectorsAnswer(request.choices)
         if kind.startswith("application/json"):
-            return WholeAnswer(choices)
+            return WholeAnswer(request.choices)
         if kind.startswith("text/html"):
             raise UpstreamBroken(self._says(f"answered a web page; check providers.{self.name}.base_url"))
-        return ChunkStream(choices)
+        return ChunkStream(request.choices)
 
     async def _read(self, response: Connection, answer: Answer, continued: Continued | None, sink: Sink) -> None:
         """Reads an answer to its end; raising stops the upstream."""

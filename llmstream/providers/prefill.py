@@ -34,7 +34,9 @@ _LIMITS: Final = ("max_tokens", "max_completion_tokens")
 
 _TRUE, _FALSE = Raw(b"true"), Raw(b"false")
 _WITH_USAGE = Raw(b'{"include_usage":true}')
+_BASE64 = Raw(b'"base64"')
 _SURVIVES = Raw(b'"continue"')
+_COMES_BACK = Raw(b'"grace"')
 _ANEW = Raw(b'"restart"')
 
 _members = msgspec.json.Decoder(Members).decode
@@ -53,6 +55,12 @@ def upstream_body(request: GenerateRequest, so_far: Transcript | None, can: Capa
             del body[key]
     if "model" not in body or _any(body["model"]) != request.model:
         body["model"] = Raw(encode(request.model))
+    if request.kind == "embedding":
+        body["encoding_format"] = _BASE64
+        if nested:
+            # Its id comes with the answer, too late to cancel it: it has to notice itself that nobody waits any more.
+            body["on_disconnect"] = _COMES_BACK
+        return encode(body)
     body["stream"] = _TRUE
     _ask_for_usage(body, can)
     if nested:

@@ -58,8 +58,12 @@ def asked(request: GenerateRequest) -> tuple[list[str], int]:
     """The texts of a prompt, and the tokens that stand between them. Images and audio count nothing."""
     if request.kind == "completion":
         return list(_texts(request.body.get("prompt"))), 0
+    if request.kind == "embedding":
+        texts = [value for value in request.inputs if isinstance(value, str)]
+        return texts, sum(len(value) for value in request.inputs if not isinstance(value, str))
     texts = [text for message in request.messages for text in _texts(message)]
-    return [*texts, *_texts(request.body.get("tools"))], _FRAME * len(request.messages)
+    texts += _texts(request.body.get("tools"))
+    return texts, _FRAME * len(request.messages)
 
 
 def answered(transcript: Transcript) -> list[str]:

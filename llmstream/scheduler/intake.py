@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from llmstream.store.memory import AnyWriter
 from llmstream.telemetry.observer import Attempt
 from llmstream.types import Delta, Usage
+from llmstream.vectors import EMBEDDING
 
 EVENT_BYTES = 96
 """What an event weighs beside its text."""
@@ -62,10 +64,18 @@ class Intake:
             if delta.usage is not None:
                 self.usage = delta.usage
             if delta.fields:
-                self.text_only = False
+                size += self._beside_text(delta.fields)
             if delta.finish_reason is not None:
                 self.reasons[delta.index] = delta.finish_reason
         return writer.extend(deltas, size)
+
+    def _beside_text(self, fields: dict[str, Any]) -> int:
+        """Takes note of what is no text; gives its size where that is large."""
+        vector = fields.get(EMBEDDING)
+        if isinstance(vector, str):
+            return len(vector)
+        self.text_only = False
+        return 0
 
     async def drained(self) -> None:
         """Waits for the store, which is no silence of the model."""

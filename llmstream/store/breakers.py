@@ -86,6 +86,10 @@ class Breakers:
         now = asyncio.get_running_loop().time()
         return {target: "open" if now < shut.opens_at else "half_open" for target, shut in self._shut.items()}
 
+    @property
+    def any_shut(self) -> bool:
+        return bool(self._shut)
+
     def admits(self, target: str) -> bool:
         """Whether :meth:`enter` may give a pass at the moment."""
         return self.admits_in(target) == 0

@@ -107,7 +107,7 @@ class Observer:
 
 
 @asynccontextmanager
-async def open_tracing(settings: TelemetrySettings, replica: str) -> AsyncIterator[Tracing | None]:
+async def open_tracing(settings: TelemetrySettings, replica: str, service: str) -> AsyncIterator[Tracing | None]:
     """What sends traces, where they are asked for. Raises ConfigError without the extra ``otel``."""
     if settings.otlp_endpoint is None:
         yield None
@@ -118,7 +118,7 @@ async def open_tracing(settings: TelemetrySettings, replica: str) -> AsyncIterat
         raise ConfigError(
             f"telemetry.otlp_endpoint needs OpenTelemetry ({error.name} is missing): pip install 'llmstream[otel]'."
         ) from None
-    async with exporting(settings.otlp_endpoint, replica) as tracing:
+    async with exporting(settings.otlp_endpoint, replica, service) as tracing:
         yield tracing
 
 

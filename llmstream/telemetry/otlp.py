@@ -18,9 +18,9 @@ from llmstream.telemetry.tracing import Tracing
 
 
 @asynccontextmanager
-async def exporting(endpoint: str, replica: str) -> AsyncIterator[Tracing]:
+async def exporting(endpoint: str, replica: str, service: str) -> AsyncIterator[Tracing]:
     """Sends to ``endpoint``; what is left goes out at the end, or is lost after the exporters' own deadlines."""
-    root, resource = endpoint.rstrip("/"), _resource(replica)
+    root, resource = endpoint.rstrip("/"), _resource(replica, service)
     traces = TracerProvider(resource=resource, shutdown_on_exit=False)
     traces.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{root}/v1/traces")))
     reader = PeriodicExportingMetricReader(OTLPMetricExporter(f"{root}/v1/metrics"))
@@ -31,8 +31,8 @@ async def exporting(endpoint: str, replica: str) -> AsyncIterator[Tracing]:
         await asyncio.gather(*map(asyncio.to_thread, (traces.shutdown, metrics.shutdown)))
 
 
-def _resource(replica: str) -> Resource:
+def _resource(replica: str, service: str) -> Resource:
     """Who we are; ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` may say it otherwise."""
     said = Resource.create({"service.instance.id": replica})
     named = not str(said.attributes[SERVICE_NAME]).startswith("unknown_service")
-    return said if named else said.merge(Resource({SERVICE_NAME: "llmstream"}))
+    return said if named else said.merge(Resource({SERVICE_NAME: service}))

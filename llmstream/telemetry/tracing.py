@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _NS = 1_000_000_000
 _NAME = "llmstream"
-_OPERATIONS = {"chat": "chat", "completion": "text_completion"}
+_OPERATIONS = {"chat": "chat", "completion": "text_completion", "embedding": "embeddings"}
 _SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 _FIRST_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _TOKENS = tuple(4**power for power in range(14))

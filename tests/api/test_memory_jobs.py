@@ -357,6 +357,9 @@ async def test_an_answer_has_a_limit(tmp_path: Path) -> None:
         assert (await ended(http, last["task_id"], "failed", "completed"))["error"]["code"] == "answer_too_large"
         small = await ask(http, echo={"tokens": 100})
         await ended(http, small["task_id"], "completed")
+        body = {"model": "echo", "input": ["a vector of 344 bytes"] * 200, "durability": "memory"}
+        async with http.post("/v1/embeddings", json=body) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (507, "answer_too_large")
 
 
 async def test_all_together_have_a_limit(tmp_path: Path) -> None:

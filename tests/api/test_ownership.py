@@ -37,6 +37,7 @@ WITH_AN_ID = {
     ("GET", "/v1/chat/completions/{completion_id}"),
     ("GET", "/stream/{session_id}"),
     ("GET", "/chat/{task_id}"),
+    ("GET", "/embeddings/{task_id}"),
     ("POST", "/chat/{task_id}/cancel"),
     ("DELETE", "/chat/{task_id}"),
     ("POST", "/jobs/{task_id}/requeue"),
@@ -58,6 +59,8 @@ ASKING = {
     ("POST", "/chat_completion"): {"messages": [{"role": "user", "content": MARK}]},
     ("POST", "/question"): {"text": MARK},
     ("POST", "/v1/generate"): {"prompt": MARK},
+    ("POST", "/v1/embeddings"): {"model": "echo", "input": MARK},
+    ("POST", "/embeddings"): {"input": MARK},
 }
 """The same, without sessions and with bodies of their own."""
 LISTING = {
@@ -104,10 +107,12 @@ class Victim(NamedTuple):
     """Made with ``job_id: order-17``."""
     keyed: Json
     """Made with an Idempotency-Key."""
+    vectors: Json
+    """A batch of embeddings."""
 
     @property
     def jobs(self) -> list[Json]:
-        return [self.done, self.running, self.failed, self.memory, self.own_name, self.keyed]
+        return [self.done, self.running, self.failed, self.memory, self.own_name, self.keyed, self.vectors]
 
     @property
     def ids(self) -> set[str]:
@@ -133,10 +138,11 @@ async def victim(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Vict
             memory=await submit(http, message=MARK, echo=STALLED, durability="memory"),
             own_name=await submit(http, message=MARK, job_id="order-17"),
             keyed=await _with_key(http, message=MARK, session_id="demo2"),
+            vectors=await _batch(http),
         )
         async with http.post("/v1/chat", json={"session_id": "demo", "messages": [USER]}) as response:
             assert response.status == 200, await response.text()
-        for job in (made.done, made.failed, made.own_name, made.keyed):
+        for job in (made.done, made.failed, made.own_name, made.keyed, made.vectors):
             await finished(server, job["task_id"])
 
         async def both_run() -> bool:
@@ -145,6 +151,14 @@ async def victim(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Vict
 
         await wait_until(both_run)
         yield made
+
+
+async def _batch(http: aiohttp.ClientSession) -> Json:
+    body = {"texts": [MARK], "session_id": "vectors", "job_id": "order-18"}
+    async with http.post("/embeddings", json=body) as response:
+        answer: Json = await response.json()
+        assert response.status == 202, answer
+        return {**answer, "session_id": "vectors", "stream_url": ""}
 
 
 async def _with_key(http: aiohttp.ClientSession, **body: Any) -> Json:
@@ -304,6 +318,16 @@ async def test_no_equal_request_leads_to_the_job(
     assert (await victim.server.gateway.job(made["bob"][0][0])).job.principal == "bob"
     if known_by != "cache" or route[1] == "/v1/generate":
         assert made["bob"][0][0] == made["bob"][1][0]
+
+
+async def test_no_equal_batch_leads_to_the_job(victim: Victim) -> None:
+    """The victim's own batch, sent by somebody else under the same name, is a job of the sender's."""
+    async with client(victim.server, secret("bob")) as http:
+        made = await _batch(http)
+        assert made["task_id"] == "bob:order-18"
+        assert (await finished(victim.server, made["task_id"])).job.principal == "bob"
+    async with client(victim.server, secret("alice")) as http, http.get("/embeddings/order-18") as response:
+        assert (await response.json())["task_id"] == victim.vectors["task_id"] == "alice:order-18"
 
 
 async def test_a_conversation_is_its_principals(victim: Victim) -> None:

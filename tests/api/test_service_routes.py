@@ -14,6 +14,7 @@ from llmstream.server import Server
 from tests.api.reading import Json, read_all, tokens
 from tests.conftest import echo_settings
 from tests.sse import parse
+from tests.tiny_gguf import write_tiny_gguf
 from tests.upstream import Reply, Upstream
 
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
@@ -189,3 +190,22 @@ async def test_no_model_by_name(tmp_path: Path) -> None:
         named = settings.model_copy(update={"model": ModelDefaults(name="any")})
         async with Server(named) as server, aiohttp.ClientSession(server.url) as http:
             assert (await post(http, "/v1/generate", {"prompt": "x"}))[1]["model"] == "any"
+
+
+async def test_the_pages_file_serves(tmp_path: Path) -> None:
+    """A model that ``model.name`` and ``model.source`` name is loaded, answers, and is shown under its name; so is the
+    service."""
+    weights = write_tiny_gguf(tmp_path / "gemma-2b.gguf", context=128)
+    file = tmp_path / "config.yml"
+    file.write_text(
+        f"app: {{name: LLM FastAPI Service, host: 127.0.0.1, port: 0}}\n"
+        f"model: {{name: {weights}, source: local, device: cpu, max_tokens: 5}}\ndata_dir: {tmp_path}\n"
+    )
+    async with Server(load(file, env={})) as server, aiohttp.ClientSession(server.url) as http:
+        async with http.get("/health") as response:
+            assert await response.json() == {"status": "healthy", "model_loaded": True, "model_name": "gemma-2b"}
+        async with http.get("/status") as response:
+            assert (await response.json())["service"] == "LLM FastAPI Service"
+        async with http.post("/v1/generate", json={"prompt": "a"}) as response:
+            answer = await response.json()
+            assert (response.status, answer["model"], answer["tokens_generated"]) == (200, "gemma-2b", 5), answer

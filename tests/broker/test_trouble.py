@@ -23,7 +23,7 @@ from tests.api.pair import two_servers
 from tests.api.reading import Json, finished, read_all, status, submit, tokens
 from tests.chaos.service import Service
 from tests.conftest import echo_settings
-from tests.proxy import Proxy
+from tests.proxy import TcpProxy
 from tests.rabbit import Node, Queues, queues
 from tests.valkey import stores, valkey
 from tests.waiting import wait_until
@@ -301,17 +301,6 @@ async def test_a_silent_network(tmp_path: Path, node: Node) -> None:
 
             await wait_until(accepted, timeout=20)
             await finished(server, "again")
-
-
-class TcpProxy(Proxy):
-    """The same network in front of a port."""
-
-    def __init__(self, port: int) -> None:
-        super().__init__(Path())
-        self._port = port
-
-    async def _reach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection("127.0.0.1", self._port)
 
 
 async def test_a_queue_that_is_deleted(tmp_path: Path, rabbit: Queues) -> None:

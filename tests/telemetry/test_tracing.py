@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from llmstream.config import Settings
+from llmstream.config import ServerSettings, Settings
 from llmstream.errors import ConfigError
 from llmstream.server import Server
 from llmstream.telemetry.tracing import Tracing
@@ -221,7 +221,8 @@ async def test_a_collector_gets_traces_and_metrics(tmp_path: Path) -> None:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
         endpoint = f"http://127.0.0.1:{runner.addresses[0][1]}/"
-        settings = echo_settings(tmp_path, telemetry={"otlp_endpoint": endpoint})
+        named = ServerSettings(port=0, name="our service")
+        settings = echo_settings(tmp_path, telemetry={"otlp_endpoint": endpoint}, server=named)
         async with Server(settings) as server, aiohttp.ClientSession(server.url) as http:
             async with http.post(CHAT, json=conversation(), headers=TRACEPARENT) as response:
                 await response.read()
@@ -234,7 +235,7 @@ async def test_a_collector_gets_traces_and_metrics(tmp_path: Path) -> None:
     assert {span.name for span in spans} == {f"POST {CHAT}", "submit", "wait", "chat echo"}
     assert {span.trace_id.hex() for span in spans} == {TRACE}
     known = {each.key: each.value.string_value for each in resources[0].resource.attributes}
-    assert (known["service.name"], known["service.instance.id"]) == ("llmstream", replica)
+    assert (known["service.name"], known["service.instance.id"]) == ("our service", replica)
     metrics = [ExportMetricsServiceRequest.FromString(body) for body in got["/v1/metrics"]]
     names = {
         metric.name

@@ -17,7 +17,7 @@ from llmstream.api.docs.common import EVERYWHERE, HEADERS, MEANINGS, PATH, error
 from llmstream.api.docs.operation import EVENT_STREAM, OPERATIONS, Answer, Json, Operation, Parameter
 from llmstream.api.docs.schema import plain, schemas_of
 
-FAMILIES = ("chat", "openai", "jobs", "queues", "services", "monitoring", "webhooks")
+FAMILIES = ("chat", "openai", "embeddings", "jobs", "queues", "services", "monitoring", "webhooks")
 """Modules beside this one that describe handlers."""
 ABOUT = (
     "Answers of language models that are not lost: every answer is a job, every job is a log, and every stream can be "
@@ -26,6 +26,7 @@ ABOUT = (
 TAGS = {
     "Chat": "Jobs with priorities, read as server-sent events.",
     "OpenAI": "For OpenAI clients. Fields that are not listed here go to the provider as they are.",
+    "Embeddings": "Texts as vectors.",
     "Jobs": "What was done lately, what was given up, and giving it another chance.",
     "Queues": "What waits where, and which parts of it are paused or drained.",
     "Sessions": "The conversations that the server keeps.",

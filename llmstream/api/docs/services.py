@@ -22,6 +22,7 @@ describe(
             "The service.",
             ServiceStatus,
             {
+                "service": "llmstream",
                 "status": "healthy",
                 "model_loaded": True,
                 "model_name": "smollm2",

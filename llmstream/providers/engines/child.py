@@ -37,6 +37,7 @@ from llmstream.types import Delta, Failure
 
 ENGINES = {
     "llamacpp": "llmstream.providers.engines.llamacpp:LlamaCppEngine",
+    "llamacpp-embeddings": "llmstream.providers.engines.llama_embeddings:LlamaCppEmbeddings",
     "ctransformers": "llmstream.providers.engines.ctransformers:CTransformersEngine",
 }
 
@@ -109,7 +110,8 @@ class Child:
 def failure_of(error: Exception) -> Failure:
     """Says whose fault an exception is: ValueError the request's, anything else the engine's."""
     if isinstance(error, ValueError):
-        return Failure(str(error), type="invalid_request_error", param=getattr(error, "param", None), status=400)
+        param, code = getattr(error, "param", None), getattr(error, "code", None)
+        return Failure(str(error), type="invalid_request_error", code=code, param=param, status=400)
     traceback.print_exception(error)
     return Failure(f"The engine failed: {type(error).__name__}: {error}", code="engine_failed", status=502)
 

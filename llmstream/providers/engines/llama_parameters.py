@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from llmstream.providers.engines.base import EngineSpec
 from llmstream.providers.engines.cores import available_cores
-from llmstream.providers.engines.gguf_header import read_header
+from llmstream.providers.engines.gguf_header import read_header, read_version
 
 LARGEST_CONTEXT = 8192
 """What a slot gets when nothing is configured and the model could do more."""
@@ -42,6 +44,25 @@ def make_parameters(xllamacpp: Any, spec: EngineSpec, socket_path: str) -> Any:
     parameters.use_jinja = True
     parameters.verbosity = 1
     return parameters
+
+
+def make_embedding_parameters(xllamacpp: Any, spec: EngineSpec, socket_path: str) -> Any:
+    """Like :func:`make_parameters`, for a model that turns each input into one vector."""
+    # Such models have no positions behind those they were trained on.
+    context = min(spec.context or LARGEST_CONTEXT, trained_context(Path(spec.path)))
+    parameters = make_parameters(xllamacpp, replace(spec, context=context), socket_path)
+    # An input is read in one go: each of its tokens sees all the others.
+    parameters.n_batch = parameters.n_ubatch = parameters.n_ctx // spec.slots
+    parameters.embedding = True
+    return parameters
+
+
+def pools(path: Path) -> bool:
+    """Whether a GGUF file holds a model that makes embeddings, and says how. Raises ValueError for a damaged one."""
+    if read_version(path) is None:
+        return False
+    metadata = read_header(path).metadata
+    return bool(metadata.get(f"{metadata.get('general.architecture')}.pooling_type"))
 
 
 def trained_context(path: Path) -> int:
