@@ -107,10 +107,10 @@ class Submission(TypedDict, total=False):
     """Seconds since the epoch before which the job does not begin, by the store's clock."""
     delay_s: float | None
     """The same, in seconds from now."""
-    webhook: Webhook | None
-    """Who is to be told of its end, beside the receivers of the configuration."""
     patience_s: float | None
     """Somebody waits for the answer: for so long at most while all its targets are left alone."""
+    webhook: Webhook | None
+    """Who is to be told of its end, beside the receivers of the configuration."""
 
 
 class Gateway:
@@ -437,9 +437,9 @@ class Gateway:
         restarts: bool = True,
         not_before: float | None = None,
         delay_s: float | None = None,
-        webhook: Webhook | None = None,
         patience_s: float | None = None,
         identity: Identity | None = None,
+        webhook: Webhook | None = None,
     ) -> Job:
         principal = principal or Principal()
         if self._closing:
@@ -485,9 +485,9 @@ class Gateway:
             traceparent=self.observer.traceparent(),
             restarts=restarts,
             not_before=not_before,
+            patience_s=patience_s,
             webhook=webhook,
             receivers=receivers,
-            patience_s=patience_s,
         )
 
     def _receivers(self, principal: Principal, webhook: Webhook | None, durability: Durability) -> tuple[str, ...]:

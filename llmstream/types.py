@@ -371,12 +371,12 @@ class Job(Struct, frozen=True, omit_defaults=True):
     keeps what was said. After the death of a replica it starts over in any case."""
     not_before: float | None = None
     """Seconds since the epoch, by the store's clock, before which no attempt begins."""
+    patience_s: float | None = None
+    """Seconds that it waits where all its targets are left alone, before it fails; None: until its deadline."""
     webhook: Webhook | None = None
     """What the request says about telling its end."""
     receivers: tuple[str, ...] = ()
     """Who hears of its end: names of configured receivers, and ``REQUESTED`` for ``webhook``."""
-    patience_s: float | None = None
-    """Seconds that it waits where all its targets are left alone, before it fails; None: until its deadline."""
 
     @property
     def delay_s(self) -> float:

@@ -438,40 +438,6 @@ class CancelledJobs(TypedDict):
     """There are more that fit: the call can be repeated."""
 
 
-class Delivery(TypedDict):
-    id: str
-    """The event's; its `webhook-id`."""
-    task_id: str
-    receiver: str
-    """`request`, or the name of one in the configuration."""
-    status: Literal["waiting", "dead"]
-    attempts: int
-    last_attempt_at: float | None
-    """Seconds since 1970, like the others."""
-    last_status: int | None
-    """What the receiver answered."""
-    error: str | None
-    next_attempt_at: float | None
-    given_up_at: float | None
-
-
-class Deliveries(TypedDict):
-    object: Literal["list"]
-    data: list[Delivery]
-
-
-class Resent(TypedDict):
-    task_id: str
-    receivers: list[str]
-
-
-class WebhookSecret(TypedDict):
-    key: str
-    """The newest."""
-    keys: list[str]
-    """All that sign: two, while one replaces the other."""
-
-
 class PromptUsage(TypedDict):
     """Tokens of the inputs."""
 
@@ -521,3 +487,37 @@ class EmbeddingJob(TypedDict):
     """All of them."""
     result: NotRequired[EmbeddingResult]
     error: NotRequired[Error]
+
+
+class Delivery(TypedDict):
+    id: str
+    """The event's; its `webhook-id`."""
+    task_id: str
+    receiver: str
+    """`request`, or the name of one in the configuration."""
+    status: Literal["waiting", "dead"]
+    attempts: int
+    last_attempt_at: float | None
+    """Seconds since 1970, like the others."""
+    last_status: int | None
+    """What the receiver answered."""
+    error: str | None
+    next_attempt_at: float | None
+    given_up_at: float | None
+
+
+class Deliveries(TypedDict):
+    object: Literal["list"]
+    data: list[Delivery]
+
+
+class Resent(TypedDict):
+    task_id: str
+    receivers: list[str]
+
+
+class WebhookSecret(TypedDict):
+    key: str
+    """The newest."""
+    keys: list[str]
+    """All that sign: two, while one replaces the other."""

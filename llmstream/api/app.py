@@ -52,19 +52,8 @@ def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.App
     app[PINGS] = Pings(settings.server.ping_s)
     app[BODY_TIMEOUT_S] = settings.server.body_timeout_s
     families = (
-        openai,
-        chat,
-        embeddings,
-        jobs,
-        queues,
-        core,
-        proxy,
-        question,
-        service,
-        sessions,
-        webhooks,
-        health,
-        metrics,
+        *(openai, chat, embeddings, jobs, queues, core, proxy, question, service, sessions, webhooks),
+        *(health, metrics),
     )
     for family in families:
         app.add_routes(family.routes)

@@ -86,8 +86,8 @@ async def ask(
             identity=known,
             grace_s=gateway.settings.disconnect.limit(fields.on_disconnect or on_disconnect),
             restarts=fields.on_cut != "fail",
-            webhook=named_webhook(fields.webhook),
             patience_s=gateway.settings.breaker.wait_s,
+            webhook=named_webhook(fields.webhook),
         )
         return Asked(job, follower)
 
