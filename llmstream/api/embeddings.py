@@ -15,7 +15,7 @@ from llmstream.api.duplicates import identity
 from llmstream.api.embedding_schemas import EmbeddingBody, EmbeddingFields, NamedEmbeddingBody, TextsBody
 from llmstream.api.keys import GATEWAY
 from llmstream.api.render import embedding_list, embedding_result
-from llmstream.api.schemas import EXTENSIONS
+from llmstream.api.schemas import EXTENSIONS, named_webhook
 from llmstream.api.whole import failed, read_whole
 from llmstream.errors import NotFound, error_body
 from llmstream.gateway import Submission
@@ -81,7 +81,7 @@ async def _answer(request: web.Request, schema: EmbeddingBody, body: dict[str, A
     gateway = request.app[GATEWAY]
     asked, known = _wanted(request, schema, body, raw), identity(request, schema.job_id, body)
     there: Asked | None = None
-    if gateway.settings.cache.covers_all:
+    if gateway.settings.cache.covers_all and schema.webhook is None:  # of a cached answer nobody would be told
         there, known = await reuse(request, asked, known, schema.durability)
     if there is None:
         policy = schema.on_disconnect or gateway.settings.disconnect.streams
@@ -120,6 +120,7 @@ def _said(request: web.Request, schema: EmbeddingFields, on_disconnect: str) -> 
         durability=schema.durability,
         grace_s=request.app[GATEWAY].settings.disconnect.limit(on_disconnect),
         restarts=schema.on_cut != "fail",
+        webhook=named_webhook(schema.webhook),
     )
 
 

@@ -201,7 +201,7 @@ class Dispatcher:
 
     async def _body(self, state: JobState, receiver: Receiver) -> bytes:
         transcript: Transcript | None = None
-        if receiver.include_text:
+        if receiver.include_text and state.job.request.kind != "embedding":
             transcript = Transcript()
             async for event in self._store.log.events(state.job.id):
                 transcript.add(event)

@@ -99,6 +99,8 @@ ROUTES: dict[str, Json] = {
     "/generate": {"content": "hi"},
     "/chat_completion": {"messages": [{"role": "user", "content": "hi"}]},
     "/question": {"text": "hi"},
+    "/v1/embeddings": {"model": "echo", "input": "hi"},
+    "/embeddings": {"model": "echo", "texts": ["hi"]},
 }
 
 
@@ -114,6 +116,8 @@ async def test_every_route_that_makes_a_job_takes_it(tmp_path: Path, receiver: R
                     made.append(response.headers["x-job-id"])
         assert len(set(made)) == len(made)
         await wait_until(lambda: {event["data"]["id"] for event in receiver.events} == set(made))
+        vectors = {event["data"]["id"] for event in receiver.events if "text" not in event["data"]}
+        assert vectors == set(made[-4:])
 
 
 async def test_nobody_waits_for_the_next_look(
