@@ -12,6 +12,7 @@ import pytest
 
 from llmstream.api.times import moment
 from llmstream.config import SchedulerSettings
+from llmstream.scheduler import scheduler as scheduler_module
 from llmstream.server import Server
 from tests.api.pair import two_clients
 from tests.api.reading import conversation, finished, read_all, status, submit
@@ -139,6 +140,15 @@ async def test_too_many_are_refused(tmp_path: Path) -> None:
             assert (await response.json())["error"]["code"] == "too_many_scheduled"
             assert "Retry-After" in response.headers
         made = await submit(http)
+        assert (await finished(server, made["task_id"])).status == "completed"
+
+
+async def test_who_accepts_a_job_wakes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replica that accepted a job knows its time without a heartbeat: here there is none for a minute."""
+    monkeypatch.setattr(scheduler_module, "MAX_BEAT_S", 60.0)
+    settings = echo_settings(tmp_path, scheduler=SchedulerSettings(lease_s=240))
+    async with Server(settings) as server, aiohttp.ClientSession(server.url) as http:
+        made = await submit(http, delay_s=0.1)
         assert (await finished(server, made["task_id"])).status == "completed"
 
 
