@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from llmstream.config_broker import BrokerSettings
+from llmstream.config_filters import FilterSettings, PresidioSettings, filter_problems
 from llmstream.config_routes import CacheSettings, ChatHistorySettings, ModelDefaults, QuestionSettings
 from llmstream.config_schema import Section, Setting, comma_separated, plain, schema_of, split_url
 from llmstream.config_security import KEY_NAME_PATTERN, KEY_NAME_RULE, KeySettings, SecuritySettings
@@ -409,6 +410,9 @@ class Settings(Section):
     question: QuestionSettings = QuestionSettings()
     cache: CacheSettings = CacheSettings()
     chat_history: ChatHistorySettings = ChatHistorySettings()
+    filters: dict[str, FilterSettings] = {}
+    """What is kept from models and readers, by name."""
+    presidio: PresidioSettings = PresidioSettings()
     logging: LoggingSettings = LoggingSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 
@@ -490,6 +494,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
     for name in sorted(settings.models.keys() & settings.providers.keys()):
         yield f"models.{name}, providers.{name}: a local model and a provider share this name; rename one"
     yield from _key_problems(settings)
+    yield from filter_problems(settings.filters)
     for name in [*settings.models, *settings.providers]:
         if not NAME_PATTERN.fullmatch(name):
             yield (

@@ -32,6 +32,7 @@ from llmstream.errors import (
     ShuttingDown,
     StoreUnavailable,
 )
+from llmstream.filters.filters import Filters
 from llmstream.providers.base import Provider
 from llmstream.providers.build import PullProgress, build_providers
 from llmstream.providers.tokens import Tokenizer
@@ -125,8 +126,11 @@ class Gateway:
         clock: Clock = time.time,
         observer: Observer | None = None,
         access: Access | None = None,
+        filters: Filters | None = None,
     ) -> None:
         self.settings = settings
+        self.filters = filters or Filters({}, settings.presidio)
+        """What requests go through before anything of them is kept; those that become jobs do so by themselves."""
         self.access = access
         """Who may use the gateway; None: everybody who can reach it."""
         self.replica = scheduler.replica
@@ -454,6 +458,7 @@ class Gateway:
             raise ModelNotFound(
                 f"This API key has no model {request.model!r}; GET /v1/models lists its models.", param="model"
             )
+        request = await self.filters.masked(await self.filters.redacted(request))
         route = self._router.route(request)
         await route.check(request)
         if patience_s is not None and (rest_s := self._scheduler.gates.rest_s(route.targets)) > patience_s:
@@ -709,6 +714,8 @@ async def open_gateway(
         accounts = Accounts(settings.prices, tokenizer)
         tracing = await stack.enter_async_context(open_tracing(settings.telemetry, replica, settings.server.name))
         observer = Observer([model.name for model in router.models], tracing)
+        filters = Filters(settings.filters, settings.presidio, observer.metrics.filtered)
+        await filters.open()
         scheduler = Scheduler(
             store,
             router,
@@ -720,11 +727,12 @@ async def open_gateway(
             clock=clock,
             accounts=accounts,
             observer=observer,
+            filters=filters,
         )
         watch_pools(observer, store, scheduler.pools, scheduler.control)
         await scheduler.open()
         access = await open_access(settings, store, clock)
-        gateway = Gateway(settings, store, router, scheduler, clock, observer, access)
+        gateway = Gateway(settings, store, router, scheduler, clock, observer, access, filters)
         if settings.announces:
             gateway.webhooks = await stack.enter_async_context(_open_webhooks(gateway, store, clock))
             scheduler.on_announced = gateway.webhooks.wake

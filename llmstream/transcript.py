@@ -22,12 +22,14 @@ class Choice:
         self.logprobs: dict[str, list[Any]] | None = None
         self.finish_reason: str | None = None
         self.continuable = True
-        """False once something beside text was produced: tool calls and the like are never stitched."""
+        """False once something beside text was produced, tool calls and the like, or text that a filter has changed for
+        good: these are never stitched."""
 
-    def add(self, delta: Delta) -> None:
+    def add(self, delta: Delta, *, said: bool = False) -> None:
         if delta.text:
-            self._text.append(delta.text)
+            self._text.append((said and delta.said) or delta.text)
             self.pieces += 1
+            self.continuable = self.continuable and delta.said != ""
         if delta.tokens:
             self.tokens += delta.tokens
         if delta.fields:
@@ -86,9 +88,11 @@ def merge_fields(target: dict[str, Any], fields: dict[str, Any]) -> None:
 class Transcript:
     """The answer of one job up to :attr:`position`."""
 
-    __slots__ = ("choices", "finished", "position", "usage")
+    __slots__ = ("_said", "choices", "finished", "position", "usage")
 
-    def __init__(self, events: Iterable[Event] = ()) -> None:
+    def __init__(self, events: Iterable[Event] = (), *, said: bool = False) -> None:
+        """``said``: as its model said it, for whoever goes on with it; by default as readers see it."""
+        self._said = said
         self.position: EventId = BEGINNING
         self.choices: dict[int, Choice] = {}
         self.usage: Usage | None = None
@@ -108,7 +112,7 @@ class Transcript:
                 choice = self.choices.get(data.index)
                 if choice is None:
                     choice = self.choices[data.index] = Choice()
-                choice.add(data)
+                choice.add(data, said=self._said)
                 if data.usage is not None:
                     self.usage = data.usage
             elif isinstance(data, Restart):

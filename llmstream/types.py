@@ -124,6 +124,9 @@ class Delta(Struct, frozen=True, tag="delta", omit_defaults=True):
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
     usage: Usage | None = None
+    said: str | None = None
+    """What the model said, where ``text`` is something else; a continuation starts from this. Empty: it is kept
+    nowhere, and there is no going on from here."""
 
 
 class Finished(Struct, frozen=True, tag="finished", omit_defaults=True):
@@ -167,6 +170,10 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, kw_only=True, dic
     """Asks for one provider by name; None lets the router choose."""
     job_id: str | None = None
     """The job that asks, the same over all its attempts; known while it runs."""
+    redacted: bool = False
+    """Whether what may never be kept has been taken out of the body."""
+    names: dict[str, str] | None = None
+    """What the placeholders in the body stand for: their originals are put back into the answer."""
 
     @classmethod
     def of(cls, kind: Kind, model: str, body: Mapping[str, Any], provider: str | None = None) -> GenerateRequest:

@@ -67,6 +67,7 @@ async def ask(
     """
     gateway = request.app[GATEWAY]
     known = identity(request, fields.job_id, body)
+    generate = await gateway.filters.redacted(generate)
     fresh = fields.scheduled or fields.webhook is not None  # of a cached answer nobody would be told
     if cacheable and session is None and not fresh:
         there, known = await reuse(request, generate, known, fields.durability)

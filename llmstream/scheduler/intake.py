@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+from llmstream.errors import LLMStreamError
+from llmstream.filters.answer import AnswerFilter
 from llmstream.store.memory import AnyWriter
 from llmstream.telemetry.observer import Attempt
 from llmstream.types import Delta, Usage
@@ -15,11 +19,78 @@ EVENT_BYTES = 96
 GAP_EVERY = 8
 """One of so many gaps between tokens is measured."""
 
+DUE = frozenset(".!?…\u3002\uff01\uff1f\n")
+"""What a sentence may end with."""
+DUE_CHARS = 200
+"""So much text is looked at even without the end of a sentence."""
+
+logger = logging.getLogger(__name__)
+
+
+class Outlet(Protocol):
+    """Where what was generated goes."""
+
+    @property
+    def lost(self) -> LLMStreamError | None: ...
+    def extend(self, payloads: Sequence[Delta], size: int, /) -> bool: ...
+    async def flush(self) -> None: ...
+
+
+class FilteredWriter:
+    """Stands before a writer: what is settled of an answer passes on, with its matches replaced."""
+
+    def __init__(self, writer: AnyWriter, screen: AnswerFilter, broken: Callable[[LLMStreamError], None]) -> None:
+        """``broken`` hears of a defect; from then on nothing comes through."""
+        self._writer = writer
+        self._screen = screen
+        self._broken: Callable[[LLMStreamError], None] | None = broken
+        self._waiting: list[Delta] = []
+        """What a slow filter has not seen yet."""
+
+    @property
+    def lost(self) -> LLMStreamError | None:
+        return self._writer.lost
+
+    def extend(self, deltas: Sequence[Delta], size: int) -> bool:
+        """See :meth:`Sink.put`."""
+        if self._screen.slow:
+            self._waiting += deltas
+            return not self._due(deltas)
+        return self._pass_on(self._look(deltas))
+
+    async def flush(self) -> None:
+        """Looks at what waits, and returns when what is settled is logged."""
+        while self._waiting:
+            waiting, self._waiting = self._waiting, []
+            self._pass_on(await asyncio.to_thread(self._look, waiting))
+        await self._writer.flush()
+
+    def _look(self, deltas: Sequence[Delta]) -> list[Delta] | None:
+        """What is settled by now; None after a defect, when nothing may pass."""
+        try:
+            return self._screen.put(deltas)
+        except Exception:
+            logger.exception("a filter broke")
+            return None
+
+    def _pass_on(self, ready: list[Delta] | None) -> bool:
+        if ready is None and self._broken is not None:
+            self._broken(LLMStreamError("A filter broke, and what it did not see may not be shown."))
+            self._broken = None
+        if not ready or self._broken is None:
+            return True
+        return self._writer.extend(ready, EVENT_BYTES * len(ready) + sum(len(each.text) for each in ready))
+
+    def _due(self, deltas: Sequence[Delta]) -> bool:
+        """Whether a slow filter may find something to pass on."""
+        ends = any(each.finish_reason is not None or not DUE.isdisjoint(each.text) for each in deltas)
+        return ends or sum(len(each.text) for each in self._waiting) > DUE_CHARS
+
 
 class Intake:
     """The sink of a provider; knows what came and since when nothing did."""
 
-    def __init__(self, writer: AnyWriter, clock: Callable[[], float], seen: Attempt) -> None:
+    def __init__(self, writer: Outlet, clock: Callable[[], float], seen: Attempt) -> None:
         self.reasons: dict[int, str] = {}
         """Finish reasons by choice."""
         self.usage: Usage | None = None

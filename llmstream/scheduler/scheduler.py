@@ -20,6 +20,7 @@ from llmstream.errors import (
     ShuttingDown,
     StoreUnavailable,
 )
+from llmstream.filters.filters import Filters
 from llmstream.routing.gates import Crossing, Gates
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
@@ -121,8 +122,10 @@ class Scheduler:
         clock: Clock,
         accounts: Accounts | None = None,
         observer: Observer | None = None,
+        filters: Filters | None = None,
     ) -> None:
         self.replica = replica
+        self._filters = filters
         self._accounts = accounts
         self._store = store
         self._router = router
@@ -385,6 +388,7 @@ class Scheduler:
             clock=self._clock,
             accounts=self._accounts,
             observer=self._observer,
+            filters=self._filters,
         )
         pool.running[job_id] = worker
         task = asyncio.create_task(self._work(pool, worker), name=f"job-{name}-{job_id}")

@@ -18,6 +18,8 @@ from llmstream.errors import (
     UpstreamBroken,
     UpstreamTimeout,
 )
+from llmstream.filters.answer import AnswerFilter
+from llmstream.filters.filters import Filters
 from llmstream.providers.tokens import Tokenizer
 from llmstream.routing.gates import Crossing, Gates
 from llmstream.routing.retry import Backoff
@@ -25,7 +27,7 @@ from llmstream.routing.router import Router
 from llmstream.routing.targets import Target
 from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.asking import Asking
-from llmstream.scheduler.intake import EVENT_BYTES, Intake
+from llmstream.scheduler.intake import EVENT_BYTES, FilteredWriter, Intake
 from llmstream.store.jobs import Begun, Jobs
 from llmstream.store.log import Log
 from llmstream.store.memory import AnyWriter, Memory
@@ -76,6 +78,7 @@ class Worker:
         clock: Clock,
         accounts: Accounts | None = None,
         observer: Observer | None = None,
+        filters: Filters | None = None,
     ) -> None:
         self.job_id = job_id
         self.claim = claim
@@ -92,6 +95,8 @@ class Worker:
         self._clock = clock
         self._accounts = accounts or Accounts({}, Tokenizer())
         self._observer = observer or Observer()
+        self._filters = filters
+        self._screen: AnswerFilter | None = None
         self._whole = True
         """Whether all attempts so far were made here."""
         self._begun: Begun | None = None
@@ -167,6 +172,8 @@ class Worker:
     def can_hand_over(self) -> bool:
         """Whether another replica could go on where this one stops."""
         continuable = self._asking is None or self._asking.continuable
+        if self._screen is not None and not self._screen.faithful:
+            return False
         return continuable and (self._intake is None or self._intake.text_only)
 
     def check_deadlines(self) -> None:
@@ -216,7 +223,9 @@ class Worker:
 
     async def _generate(self, begun: Begun, writer: AnyWriter, seen: Attempt) -> Finished:
         job, clock = begun.job, asyncio.get_running_loop().time
-        self._intake = intake = Intake(writer, clock, seen)
+        screen = self._screen = self._filters.outward(job.request) if self._filters is not None else None
+        outlet = writer if screen is None else FilteredWriter(writer, screen, self.interrupt)
+        self._intake = intake = Intake(outlet, clock, seen)
         asking = self._asking = self._asking or Asking(job, self._router, self._gates, self._granted, self._urgency)
         seen.provider = asking.asked.provider.name
         transcript = await self._history(begun)
@@ -229,11 +238,15 @@ class Worker:
         if transcript is not None and shown and self._complete(transcript, job):
             usage = await self._settled(writer, transcript.usage, job, asking.asked)
             return self._finished(usage, _reasons(transcript))
+        if screen is not None:
+            screen.begin(transcript.text if transcript is not None else "")
         if transcript is not None and asking.can_continue(transcript):
             seen.earlier_tokens = transcript.produced
 
         def restart() -> None:
             writer.append(Restart("the earlier attempt cannot be continued"), EVENT_BYTES)
+            if screen is not None:
+                screen.begin()
 
         # What a replica left when it died may start over, whatever becomes of answers that their model broke off.
         may_restart = job.restarts or asking.fault is None
@@ -241,6 +254,8 @@ class Worker:
         start = clock()
         try:
             await asking.answer(steps, intake, restart if shown and may_restart else None)
+            if screen is not None and screen.slow:
+                await outlet.flush()
         finally:
             seen.provider = asking.asked.provider.name
             if self._whole:  # for the reader who compares it with their own time
@@ -258,7 +273,7 @@ class Worker:
         return self._accounts.priced(usage, target.provider.name, target.model or job.request.model)
 
     async def _logged(self) -> Transcript:
-        transcript = Transcript()
+        transcript = Transcript(said=True)
         while entries := await self._log.read(self.job_id, transcript.position):
             for entry in entries:
                 transcript.extend(entry.payloads, entry.last)
@@ -268,7 +283,7 @@ class Worker:
         """The answer as earlier attempts left it. The log is fenced by now, so it cannot grow any more."""
         if begun.attempt == 1:
             return None
-        transcript = Transcript()
+        transcript = Transcript(said=True)
         position = BEGINNING
         while position < begun.entry.last:
             for entry in await self._log.read(self.job_id, position):
@@ -291,7 +306,7 @@ class Worker:
 
     async def _inherit(self, old_id: str, job: Job, asking: Asking, writer: AnyWriter) -> Transcript | None:
         """Copies the answer of the job that this one was requeued from, as far as it can be continued."""
-        transcript = Transcript()
+        transcript = Transcript(said=True)
         deltas: list[Delta] = []
         while entries := await self._log.read(old_id, transcript.position):
             for event in (event for entry in entries for event in entry.events):

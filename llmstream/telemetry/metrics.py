@@ -174,6 +174,12 @@ class Metrics:
         self.resumes = Counter(
             "llmstream_resumes_total", "Requests to read a stream on from behind an event.", ("protocol",)
         )
+        self.filtered = Counter(
+            "llmstream_filtered_total",
+            "Matches of filters: in requests (direction in) and answers (out), redacted or, restored later, masked. "
+            "An attempt that repeats an answer counts again.",
+            ("filter", "direction", "action"),
+        )
         self.subscribers = Gauge("llmstream_subscribers", "Open streams.")
         self.running = Gauge("llmstream_jobs_running", "Jobs that run in this process.", ("pool",))
         self.slots = Gauge("llmstream_slots", "Jobs that can run in this process at once.", ("pool",))

@@ -1,0 +1,1 @@
+"""Personal data and other texts on their way to a model and back."""
