@@ -12,12 +12,12 @@ from llmstream.patterns.scanner import Check, Pattern
 
 _GAP = r"[ \u00a0\u202f-]?"
 """What may stand between two digits or groups of them."""
-_LOCAL = r"""[^\s@<>()\[\],;:"'`=\\/|{}]{1,64}"""
-_LABEL = r"""[^\s@<>()\[\],;:"'`=\\/|{}.!?]{1,63}"""
+_NEVER = r"""\s@<>()\[\],;:"'`=\\/|{}\u00ab\u00bb\u2018-\u201e"""
+"""Characters that stand around addresses, and not in them."""
 
-EMAIL = rf"{_LOCAL}@(?:{_LABEL}\.){{1,5}}[A-Za-z][A-Za-z0-9-]{{1,23}}"
+EMAIL = rf"[^{_NEVER}]{{1,64}}@(?:[^{_NEVER}.!?]{{1,63}}\.){{1,5}}[A-Za-z][A-Za-z0-9-]{{1,23}}"
 INTERNATIONAL = r"\+[1-9](?:[ ./()\u00a0\u202f-]{0,2}[0-9]){6,14}\b"
-NORTH_AMERICAN = r"\(?[0-9]{3}\)?[ .\u00a0-]{1,2}[0-9]{3}[ .\u00a0-][0-9]{4}\b"
+NORTH_AMERICAN = r"(?:\([0-9]{3}\)[ .\u00a0-]?|\b[0-9]{3}[ .\u00a0-])[0-9]{3}[ .\u00a0-][0-9]{4}\b"
 NATIONAL = r"\b0[0-9]{1,4}[ /.\u00a0-][0-9]{3,4}(?:[ .\u00a0-]?[0-9]{2,4}){1,3}\b"
 PHONE = f"{INTERNATIONAL}|{NORTH_AMERICAN}|{NATIONAL}"
 CARD = rf"\b[2-6](?:{_GAP}[0-9]){{12,18}}\b"

@@ -10,6 +10,9 @@ from llmstream.patterns.expression import Expression, read
 MAX_MEMORY = 32 * 1024 * 1024
 """Bytes that one compiled expression may take."""
 
+WINDOW = 2048
+"""Characters that are looked at together; more than the longest match, so that there is always something settled."""
+
 Check = Callable[[str], int]
 """How many characters at the start of a candidate are what the pattern looks for; 0: none."""
 
@@ -51,7 +54,8 @@ class Scanner:
         self._open_end = _compile(_open_end([pattern.expression for pattern in patterns]))
 
     def find(self, text: str, start: int = 0) -> Found | None:
-        """The first match at ``start`` or behind; what stands before ``start`` is only looked at by ``\\b``."""
+        """The first match at ``start`` or behind; what stands before ``start`` is only looked at by ``\\b``. Takes time
+        proportional to the text."""
         while (candidate := self._any.search(text, start)) is not None:
             start = candidate.start()
             best: Found | None = None
@@ -66,6 +70,19 @@ class Scanner:
         return None
 
     def scan(self, text: str, start: int = 0, *, over: bool = True) -> tuple[list[Found], int]:
+        """See :class:`Scans`. Looks through a window, as each search has to take its whole text into its hands."""
+        found: list[Found] = []
+        while len(text) - start > WINDOW:
+            base = max(start - 1, 0)
+            part, settled = self._scan(text[base : start + WINDOW], start - base, over=False)
+            found += [Found(each.name, each.start + base, each.end + base) for each in part]
+            start = base + settled
+        base = max(start - 1, 0)
+        part, settled = self._scan(text[base:], start - base, over=over)
+        found += [Found(each.name, each.start + base, each.end + base) for each in part]
+        return found, base + settled
+
+    def _scan(self, text: str, start: int, *, over: bool) -> tuple[list[Found], int]:
         found: list[Found] = []
         while True:
             settled = len(text) if over else self._open_end.search(text, start).start()

@@ -11,6 +11,7 @@ import pytest
 
 from llmstream.config import DeadlineSettings, RetrySettings
 from llmstream.errors import EngineCrashed, Fenced, ShuttingDown, UpstreamBroken, UpstreamLimited
+from llmstream.filters.filters import Filters
 from llmstream.providers.base import Provider
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
@@ -45,6 +46,7 @@ def make_worker(
     max_attempts: int = 3,
     pause_s: float = 0.01,
     clock: Any = time.time,
+    filters: Filters | None = None,
     **limits: float,
 ) -> Worker:
     return Worker(
@@ -59,6 +61,7 @@ def make_worker(
         max_attempts=max_attempts,
         backoff=Backoff(RetrySettings(base_s=pause_s, cap_s=pause_s), chance=lambda: 1.0),
         clock=clock,
+        filters=filters,
     )
 
 
