@@ -134,12 +134,9 @@ async def test_nothing_is_looked_at_without_filters(tmp_path: Path, upstream: Up
 async def test_other_replicas_and_resumed_streams_show_the_same(tmp_path: Path, upstream: Upstream) -> None:
     """A stream that goes on behind any event, on another replica, shows the rest of the same filtered answer."""
     upstream.models["up"] = REPLY
-    given = {
-        "filters": FILTERS,
-        "providers": {"up": ProviderSettings(base_url=upstream.url, models=["up"])},
-    }
-    checked = echo_settings(tmp_path, **given)
-    async with two_servers(tmp_path, filters=checked.filters, providers=checked.providers) as (one, two):
+    providers = {"up": ProviderSettings(base_url=upstream.url, models=["up"])}
+    filters = echo_settings(tmp_path, filters=FILTERS).filters
+    async with two_servers(tmp_path, filters=filters, providers=providers) as (one, two):
         async with aiohttp.ClientSession(one.url) as http, http.post("/chat", json=ROUTES["/chat"]) as response:
             frames = [frame for frame in parse(await response.read()) if frame.id]
             url = response.headers["Location"]

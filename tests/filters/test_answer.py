@@ -20,7 +20,7 @@ from llmstream.transcript import Transcript
 from llmstream.types import Delta, Event, EventId, GenerateRequest, Usage
 from tests.patterns.test_known import FOUND
 
-ALL = {name: FilterSettings() for name in FOUND}
+ALL: Any = {name: FilterSettings() for name in FOUND}
 CODE = FilterSettings(pattern=r"\bEMP-[0-9]{4,6}\b")
 PLANTED = [text for texts in FOUND.values() for text in texts]
 NAMES = {"<EMAIL_1>": "bob@example.com", "<EMAIL_12>": "eve@example.org", "<QUOTE_1>": 'a "b"'}

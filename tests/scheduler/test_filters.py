@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Sequence
 
 import pytest
@@ -12,6 +13,7 @@ from llmstream.config_filters import FilterSettings, PresidioSettings
 from llmstream.errors import ShuttingDown, UpstreamBroken
 from llmstream.filters.answer import AnswerFilter
 from llmstream.filters.filters import Filters
+from llmstream.patterns.scanner import Found
 from llmstream.scheduler.worker import Worker
 from llmstream.store.store import Store
 from llmstream.transcript import Transcript
@@ -45,12 +47,11 @@ async def submit_named(store: Store, names: dict[str, str] | None = None) -> Job
 class Cut:
     """A model that says the same each time, and breaks off once; goes on from token ids and insists on their text."""
 
-    def __init__(self, said: Sequence[str], at: int, *, together: int = 1) -> None:
+    def __init__(self, said: Sequence[str], at: int) -> None:
         self.begun: list[int] = []
         """From which token each run began."""
         self._said = said
         self._at = at
-        self._together = together
 
     async def say(self, request: GenerateRequest, so_far: Transcript | None) -> AsyncGenerator[Sequence[Delta], None]:
         start = 0
@@ -59,9 +60,8 @@ class Cut:
             assert so_far.text == "".join(self._said[:start])
         self.begun.append(start)
         end = self._at if len(self.begun) == 1 else len(self._said)
-        for at in range(start, end, self._together):
-            numbers = range(at, min(at + self._together, end))
-            yield [Delta(self._said[number], tokens=(number,)) for number in numbers]
+        for at in range(start, end):
+            yield [Delta(self._said[at], tokens=(at,))]
         if end == self._at and len(self.begun) == 1:
             raise UpstreamBroken("Cut.")
         yield [Delta(finish_reason="stop")]
@@ -99,6 +99,59 @@ async def test_what_is_redacted_starts_over_after_a_cut(store: Store, at: int) -
     assert model.begun[1] == (0 if restarts else min(at, 1))
     assert "1111" not in str(log)
     assert all(token == 0 or token > 4 for event in log if isinstance(event.data, Delta) for token in event.data.tokens)
+
+
+SENTENCES = ["Well. It is", " 00:1B:44", ":11:3A:B7", ". So", " <COIN_1> is", " fine! I", " am", " done."]
+WALLET = "1A1zP1eP5QGefi2DMPTfTL5SLmv7DivfNa"
+
+
+@pytest.fixture(scope="module")
+def presidio() -> Filters:
+    entities = {"mac": FilterSettings(entity="MAC_ADDRESS"), "coin": FilterSettings(entity="CRYPTO", action="restore")}
+    filters = Filters(entities, PresidioSettings())
+    asyncio.run(filters.open())
+    return filters
+
+
+@pytest.mark.parametrize("at", range(len(SENTENCES)))
+async def test_sentences_go_on_or_start_over_after_a_cut(store: Store, presidio: Filters, at: int) -> None:
+    """What has to be looked at by the sentence is looked at off the event loop, and a cut loses nothing: an answer goes
+    on behind the last whole sentence, or starts over where something was taken out."""
+    job, runs = await submit_named(store, {"<COIN_1>": WALLET}), list[str]()
+    threads = set[int]()
+
+    async def say(request: GenerateRequest, so_far: Transcript | None) -> AsyncGenerator[Sequence[Delta], None]:
+        before = so_far.text if so_far is not None else ""
+        assert "".join(SENTENCES).startswith(before)
+        runs.append(before)
+        for number, piece in enumerate(SENTENCES):
+            if number == at and len(runs) == 1:
+                raise UpstreamBroken("Cut.")
+            known = min(len(piece), max(0, len(before) - len("".join(SENTENCES[:number]))))
+            if piece[known:]:
+                yield [Delta(piece[known:], tokens=(number,))]
+        yield [Delta(finish_reason="stop")]
+
+    recognize = presidio._redact_out._recognize
+
+    def noting(text: str) -> Sequence[Found]:
+        threads.add(threading.get_ident())
+        return recognize(text)
+
+    found = presidio.outward(job.request)
+    assert found is not None
+    found._scanner._recognize = noting  # type: ignore[attr-defined]
+    try:
+        worker = make_worker(store, job, Scripted(say, continues=True), filters=presidio)
+        assert await worker.run() == "done"
+    finally:
+        found._scanner._recognize = recognize  # type: ignore[attr-defined]
+    log, end = await ending(store, job)
+    assert (end.status, Transcript(log).text) == ("completed", f"Well. It is [MAC]. So {WALLET} is fine! I am done.")
+    restarts = sum(isinstance(event.data, Restart) for event in log)
+    assert (restarts, runs) == (int(at > 3), ["", "Well." if 0 < at < 4 else ""])
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 async def test_another_replica_goes_on_with_what_was_restored(store: Store) -> None:
@@ -148,10 +201,10 @@ async def test_an_answer_with_something_taken_out_is_not_handed_over(store: Stor
     worker = filtering(store, job, Scripted(say, continues=True), card=FilterSettings())
     task = asyncio.create_task(worker.run())
     await wait_until(lambda: worker._intake is not None and worker._intake.got_token)
-    assert worker.can_hand_over
+    before = worker.can_hand_over
     go_on.set()
     await redacted.wait()
-    assert not worker.can_hand_over
+    assert (before, worker.can_hand_over) == (True, False)
     worker.interrupt(ShuttingDown("Enough."))
     assert await task == "release"
 
