@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -605,3 +606,38 @@ def test_wrong_routes(config: Path, route: str, message: str) -> None:
 def test_names_of_pools_are_no_models() -> None:
     """A local model cannot take the name of a pool of remote providers."""
     assert "stand for pools of remote providers" in refusal(None, {"MODELS__REMOTE:X__ENGINE": "echo"})
+
+
+def test_filters(config: Path) -> None:
+    """Filters are known by name, or by a pattern or an entity; variables reach them too."""
+    config.write_text(
+        "filters:\n  email: {}\n  phone: {action: restore}\n  code: {pattern: 'E-[0-9]{4}', direction: in}\n"
+        "  who: {entity: PERSON}\n"
+    )
+    filters = load(config, {"FILTERS__EMAIL__DIRECTION": "out"}).filters
+    assert (filters["email"].action, filters["email"].direction) == ("redact", "out")
+    assert (filters["phone"].action, filters["phone"].direction) == ("restore", "both")
+    assert (filters["code"].pattern, filters["who"].entity) == ("E-[0-9]{4}", "PERSON")
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        (
+            "{code: {pattern: 'E-[0-9]+'}}",
+            r"filters.code.pattern = 'E-\[0-9\]\+' .*:1\): .* write how often at most",
+        ),
+        ("{code: {pattern: '(?=a)b'}}", "filters.code.pattern .* looks ahead or behind"),
+        ("{code: {}}", "filters.code.pattern is required: .* only email, phone, card, iban, ip, ssn are known"),
+        ("{Code: {pattern: ab}}", "filters: the name 'Code' is not allowed"),
+        ("{code: {pattern: ab, entity: PERSON}}", "filters.code: pattern and entity are two ways"),
+        ("{code: {pattern: '[A-Z]{4}'}}", r"filters.code.pattern also matches \[CODE\]"),
+        ("{email: {}, code: {pattern: '<E[A-Z]{2}'}}", "filters.code.pattern also matches <EMAIL_1>"),
+        ("{email: {action: restore, direction: in}}", "filters.email.direction = 'in': restore works in both"),
+        ("{email: {action: hide}}", "filters.email.action = 'hide' .* expected one of redact, restore"),
+    ],
+)
+def test_filters_are_checked(config: Path, written: str, reason: str) -> None:
+    """What could not be looked for, or would be looked for in vain, is refused before the server starts."""
+    config.write_text(f"filters: {written}\n")
+    assert re.search(reason, refusal(config)), refusal(config)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +18,12 @@ from llmstream.filters.filters import Filters
 from llmstream.filters.presidio import Sentences
 from llmstream.patterns.known import known
 from llmstream.patterns.scanner import Found, Scanner
+from llmstream.server import Server
 from llmstream.transcript import Transcript
 from llmstream.types import Delta, Event, EventId, GenerateRequest
+from tests.api.reading import conversation
+from tests.conftest import echo_settings
+from tests.sse import parse
 
 MAC, COIN = "00:1B:44:11:3A:B7", "1A1zP1eP5QGefi2DMPTfTL5SLmv7DivfNa"
 FILTERS = {"mac": FilterSettings(entity="MAC_ADDRESS"), "coin": FilterSettings(entity="CRYPTO", action="restore")}
@@ -46,6 +53,21 @@ async def test_requests_and_answers(filters: Filters) -> None:
     deltas += screen.put([Delta(finish_reason="stop")])
     log = Transcript([Event(EventId(1, at), delta) for at, delta in enumerate(deltas, 1)])
     assert (log.text, log.finish_reason) == (f"Pay {COIN} or [MAC]. Bye [EMAIL]! And", "stop")
+
+
+async def test_over_http(tmp_path: Path) -> None:
+    """Streams and whole answers, from a model that does not wait to be read."""
+    sections: Any = {"filters": {"mac": {"entity": "MAC_ADDRESS", "direction": "out"}, "coin": FILTERS["coin"]}}
+    async with Server(echo_settings(tmp_path, **sections)) as server, aiohttp.ClientSession(server.url) as http:
+        text = f"It is {MAC}. Pay {COIN} now. Bye"
+        for more in ({}, {"stream": True}):
+            async with http.post("/v1/chat/completions", json=conversation(text, **more)) as response:
+                answer = await response.read()
+        chunks = [frame.json["choices"][0]["delta"] for frame in parse(answer) if frame.data != "[DONE]"]
+        said = [chunk.get("content", "") for chunk in chunks]
+        assert "".join(said) == f"It is [MAC]. Pay {COIN} now. Bye"
+        async with http.get(response.headers["Location"].removesuffix("?stream=true")) as response:
+            assert (await response.json())["choices"][0]["message"]["content"] == "".join(said)
 
 
 def shouts(text: str) -> Sequence[Found]:

@@ -101,6 +101,24 @@ async def test_what_is_redacted_starts_over_after_a_cut(store: Store, at: int) -
     assert all(token == 0 or token > 4 for event in log if isinstance(event.data, Delta) for token in event.data.tokens)
 
 
+@pytest.mark.parametrize("at", range(4))
+async def test_words_begin_where_they_did(store: Store, at: int) -> None:
+    """What an earlier attempt logged decides whether a word begins behind it, as it would have in one go."""
+    job, model = await submit(store), Cut(["See A", "4111111111111111", " ok"], at)
+    assert await filtering(store, job, model.provider, card=FilterSettings()).run() == "done"
+    log, _ = await ending(store, job)
+    assert text_of(log) == "See A4111111111111111 ok"
+
+
+async def test_an_answer_that_starts_over_begins_anew(store: Store) -> None:
+    """What came before a restart has no part in what comes behind it."""
+    job, model = await submit(store), Cut(["4111", "111111111111", " ok"], 3)
+    assert await filtering(store, job, model.provider, card=FilterSettings()).run() == "done"
+    log, _ = await ending(store, job)
+    assert text_of(log) == "[CARD] ok[CARD] ok"
+    assert Transcript(log).text == "[CARD] ok"
+
+
 SENTENCES = ["Well. It is", " 00:1B:44", ":11:3A:B7", ". So", " <COIN_1> is", " fine! I", " am", " done."]
 WALLET = "1A1zP1eP5QGefi2DMPTfTL5SLmv7DivfNa"
 
