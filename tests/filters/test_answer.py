@@ -206,6 +206,7 @@ def test_an_answer_that_goes_on() -> None:
     going_on = screen(code=CODE)
     going_on.begin("xx")
     assert folded(run(going_on, ["EMP-1234 "])).text == "EMP-1234 "
+    assert folded(run(screen(code=CODE), ["xx", "EMP-1234 "])).text == "xxEMP-1234 "
     going_on.begin("xx ")
     assert folded(run(going_on, ["EMP-1234 "])).text == "[CODE] "
 

@@ -101,10 +101,11 @@ async def test_the_same_text_has_the_same_name() -> None:
 
 async def test_twice_is_as_good_as_once() -> None:
     """A request that comes through again, as a requeued job's, stays as it is."""
-    given = request(messages=[{"role": "user", "content": f"{EMAIL} +1 415-555-0123"}])
+    given = request(messages=[{"role": "user", "content": f"{EMAIL}, 123-45-6789, +1 415-555-0123"}])
     found = filters(email=FilterSettings(), phone=RESTORE)
     once = await found.masked(await found.redacted(given))
     assert await found.masked(await found.redacted(once)) is once
+    assert await filters(email=RESTORE, ssn=RESTORE).masked(once) is once  # its names would be lost
     fresh = GenerateRequest.of("chat", "m", once.body, "p")
     assert (await found.masked(await found.redacted(fresh))).body == once.body
 

@@ -98,6 +98,7 @@ def test_long_texts_are_looked_at_in_parts() -> None:
             found, settled = scanner.scan(text, over=over)
             assert [(each.start, each.end) for each in found] == [(offset, offset + 301)]
             assert settled == (len(text) if over else len(text) - 2)
+    assert scanner.scan("x" * WINDOW + "abb ") == ([], WINDOW + 4)
     found, _ = scanner.scan("abb " * 20_000)
     assert len(found) == 20_000
 
