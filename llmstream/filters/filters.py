@@ -62,7 +62,7 @@ class Filters:
     def outward(self, request: GenerateRequest) -> AnswerFilter | None:
         """What the answer goes through; None: it needs nothing."""
         search = self._redact_out
-        if not search.sought and not request.names:
+        if (not search.sought and not request.names) or request.kind == "embedding":  # whose answer is no text
             return None
         scanner = search.with_placeholders if request.names else search.scanner
         replacing = Replacing(request.names or {}, self._counted("out", "redact"), self._counted("out", "restore"))
