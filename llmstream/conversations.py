@@ -68,6 +68,7 @@ class Conversations:
         Raises Conflict when another message is being answered, for ``reject`` or for too long.
         """
         owner, number = principal.id, new_id()
+        request = await self._gateway.filters.redacted(request)
         try:
             earlier = await self._wait(owner, session_id, number, multitask, came_before)
             if earlier is None:

@@ -152,8 +152,6 @@ async def next_turn(
             param="durability",
         )
 
-    generate = await gateway.filters.redacted(generate)  # the conversation keeps it, too
-
     async def came_before() -> bool:
         return known is not None and known.named and await gateway.came_before(known, principal)
 

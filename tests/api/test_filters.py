@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 
 from llmstream.config import ProviderSettings
+from llmstream.providers import echo_vectors
 from llmstream.server import Server
 from tests.api.pair import two_servers
 from tests.api.reading import Json, log_of
@@ -218,3 +220,13 @@ async def test_the_log_holds_no_token_ids_of_what_was_redacted(tmp_path: Path) -
         log = await log_of(server, job_id)
     ids = [token for event in log for token in getattr(event.data, "tokens", ())]
     assert ids == [0, 5]
+
+
+async def test_embeddings_are_made_of_what_is_left(tmp_path: Path, upstream: Upstream) -> None:
+    """The texts that vectors are made of are filtered; the vectors are no text."""
+    body = {"model": "echo", "input": [f"I am {EMAIL}", f"call {PHONE}"], "encoding_format": "float"}
+    async with filtering(tmp_path, upstream) as http, http.post("/v1/embeddings", json=body) as response:
+        vectors = [each["embedding"] for each in (await response.json())["data"]]
+    asked = ("I am [EMAIL]", "call <PHONE_1>")
+    assert vectors == [[float(each) for each in np.array(echo_vectors.vector(text), np.float32)] for text in asked]
+    assert EMAIL.encode() not in files_below(tmp_path)
