@@ -81,11 +81,15 @@ async def _answer(request: web.Request, schema: EmbeddingBody, body: dict[str, A
     gateway = request.app[GATEWAY]
     asked, known = _wanted(request, schema, body, raw), identity(request, schema.job_id, body)
     there: Asked | None = None
-    if gateway.settings.cache.covers_all and schema.webhook is None:  # of a cached answer nobody would be told
+    fresh = schema.scheduled or schema.webhook is not None  # of a cached answer nobody would be told
+    if gateway.settings.cache.covers_all and not fresh:
+        asked = await gateway.filters.redacted(asked)
         there, known = await reuse(request, asked, known, schema.durability)
     if there is None:
         policy = schema.on_disconnect or gateway.settings.disconnect.streams
-        there = Asked(*await gateway.start(asked, identity=known, **_said(request, schema, policy)))
+        said = _said(request, schema, policy)
+        said["patience_s"] = gateway.settings.breaker.wait_s
+        there = Asked(*await gateway.start(asked, identity=known, **said))
     headers = {"x-job-id": there.job.id, **(CACHED if there.cached else {})}
     with there.follower:
         transcript = await read_whole(request, there.follower)
@@ -117,6 +121,8 @@ def _said(request: web.Request, schema: EmbeddingFields, on_disconnect: str) -> 
         priority=schema.priority,
         session_id=schema.session_id,
         deadline_s=schema.deadline_s,
+        not_before=schema.not_before,
+        delay_s=schema.delay_s,
         durability=schema.durability,
         grace_s=request.app[GATEWAY].settings.disconnect.limit(on_disconnect),
         restarts=schema.on_cut != "fail",

@@ -29,6 +29,8 @@ ROUTES: dict[str, dict[str, Any]] = {
     "/question": {"text": "hello"},
     "/v1/generate": {"prompt": "hello"},
     "/v1/chat": {"messages": [{"role": "user", "content": "hello"}]},
+    "/v1/embeddings": {"model": "echo", "input": "hello"},
+    "/embeddings": {"model": "echo", "texts": ["hello"]},
 }
 
 
