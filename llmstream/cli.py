@@ -175,6 +175,15 @@ def _add_models(commands: Commands, client: argparse.ArgumentParser) -> None:
     models.set_defaults(command="models:run")
 
 
+KEY_LIMITS = {
+    "requests_per_minute": "requests for an answer in a minute; 0: no limit (as rate_limit says; so with the others)",
+    "burst_size": "so many of them at once after a pause",
+    "tokens_per_minute": "tokens of prompts and answers in a minute",
+    "concurrent_jobs": "jobs that run at once in one pool; more wait",
+    "queued_jobs": "jobs that wait in one pool; more are refused",
+}
+
+
 def _add_keys(commands: Commands, settings: argparse.ArgumentParser) -> None:
     keys = commands.add_parser(
         "keys",
@@ -199,6 +208,8 @@ def _add_keys(commands: Commands, settings: argparse.ArgumentParser) -> None:
         help="a model it may ask for, such as 'gpt-*' (all); can be repeated",
     )
     create.add_argument("--expires", default="365d", metavar="WHEN", help="90d, 12h or a date (365d)")
+    for limit, meaning in KEY_LIMITS.items():
+        create.add_argument(f"--{limit.replace('_', '-')}", type=int, metavar="N", dest=limit, help=meaning)
     create.add_argument("--add", action="store_true", help="make another key for a name that has one")
     create.set_defaults(command="keys:create")
     listed = keys.add_parser("list", parents=[settings], help="list the keys of the store")

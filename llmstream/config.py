@@ -17,7 +17,14 @@ from llmstream.config_broker import BrokerSettings
 from llmstream.config_filters import FilterSettings, PresidioSettings, filter_problems
 from llmstream.config_routes import CacheSettings, ChatHistorySettings, ModelDefaults, QuestionSettings
 from llmstream.config_schema import Section, Setting, comma_separated, plain, schema_of, split_url
-from llmstream.config_security import KEY_NAME_PATTERN, KEY_NAME_RULE, KeySettings, SecuritySettings
+from llmstream.config_security import (
+    KEY_NAME_PATTERN,
+    KEY_NAME_RULE,
+    KeySettings,
+    RateLimitSettings,
+    SecuritySettings,
+    limits_in,
+)
 from llmstream.config_sources import build
 from llmstream.config_variables import from_known_variables
 from llmstream.config_webhooks import ReceiverSettings, WebhookSettings
@@ -219,9 +226,10 @@ class ProviderSettings(Section):
     concurrency: Annotated[int, Field(ge=1)] | None = None
     """Requests at once to each of its models, over all replicas; more wait in their lane. None: no limit."""
     rpm: Annotated[int, Field(ge=1)] | None = None
-    """Requests a minute to each of its models, over all replicas."""
+    """Requests a minute to each of its models, over all replicas; by default what ``LLM_RPM`` says."""
     tpm: Annotated[int, Field(ge=1)] | None = None
-    """Tokens a minute of each of its models, prompts and answers, over all replicas."""
+    """Tokens a minute of each of its models, prompts and answers, over all replicas; by default what ``LLM_TPM``
+    says."""
     continue_by: ContinueBy | None = None
     """How a cut answer goes on; ``none``: it starts over. This and what follows is as the preset says by default."""
     continue_path: str | None = None
@@ -393,6 +401,7 @@ class Settings(Section):
     breaker: BreakerSettings = BreakerSettings()
     disconnect: DisconnectSettings = DisconnectSettings()
     security: SecuritySettings = SecuritySettings()
+    rate_limit: RateLimitSettings = RateLimitSettings()
     webhooks: WebhookSettings = WebhookSettings()
     webhook_receivers: dict[str, ReceiverSettings] = {}
     """Who hears of the end of jobs whose requests name no URL, by name."""
@@ -495,6 +504,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         yield f"models.{name}, providers.{name}: a local model and a provider share this name; rename one"
     yield from _key_problems(settings)
     yield from filter_problems(settings.filters)
+    yield from _limit_problems(settings)
     for name in [*settings.models, *settings.providers]:
         if not NAME_PATTERN.fullmatch(name):
             yield (
@@ -532,6 +542,25 @@ def _key_problems(settings: Settings) -> Iterator[str]:
     shown = [key.value.get_secret_value() for key in settings.keys.values()] + settings.security.api_keys
     if len(set(shown)) < len(shown):
         yield "keys, security.api_key: the same API key is here twice; each principal needs one of its own"
+
+
+def _limit_problems(settings: Settings) -> Iterator[str]:
+    """Jobs are counted in the lanes of the store: nobody can count those that do not wait there."""
+    broker, memory = settings.broker, settings.store.durability == "memory"
+    sections: dict[str, RateLimitSettings | KeySettings] = {"rate_limit": settings.rate_limit}
+    sections |= {f"keys.{name}": key for name, key in settings.keys.items()}
+    for name, section in sections.items() if settings.rate_limit.enabled else ():
+        limits = limits_in(section)
+        if (limits.concurrent_jobs or limits.queued_jobs) and memory:
+            yield (
+                f"{name}: concurrent_jobs and queued_jobs need jobs on record, and store.durability = 'memory' keeps "
+                "none; leave one of them out"
+            )
+        if limits.queued_jobs and broker.kind == "rabbitmq" and broker.consume:
+            yield (
+                f"{name}.queued_jobs: with broker.kind = 'rabbitmq' jobs wait in RabbitMQ, where they are not counted "
+                "by caller; leave it out"
+            )
 
 
 def _wrong_routes(settings: Settings) -> Iterator[str]:

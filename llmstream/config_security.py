@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from datetime import UTC, datetime
 from typing import Annotated, Literal
@@ -10,16 +11,64 @@ from pydantic import Field, SecretStr, field_validator
 
 from llmstream.config_schema import Section, comma_separated
 from llmstream.config_webhooks import checked_secrets
-from llmstream.types import Scope
+from llmstream.types import CallerLimits, Scope
 
 KEY_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY_NAME_RULE = "up to 64 letters, digits and . _ - that begin with a letter or digit"
 MIN_API_KEY = 16
 """Characters: shorter ones can be guessed, or are the mask of --print-config."""
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+MAX_LIMIT = 1_000_000_000
+Limit = Annotated[int, Field(ge=0, le=MAX_LIMIT)]
+
+
+class RateLimitSettings(Section):
+    """Limits of each caller: of each API key, and of each IP address where no keys are asked for."""
+
+    enabled: bool = True
+    """``false`` takes all limits of callers off, those of single keys too."""
+    requests_per_minute: Limit | None = None
+    """Requests for an answer that one caller may send in a minute, over all replicas; None or 0: no limit. So with the
+    others."""
+    burst_size: Limit | None = None
+    """So many of them may come at once after a pause; None: those of a minute."""
+    tokens_per_minute: Limit | None = None
+    """Tokens of one caller's prompts and answers in a minute."""
+    concurrent_jobs: Limit | None = None
+    """Jobs of one caller that run at once in one pool (all remote models, or one local one); more wait in line, and
+    others pass them."""
+    queued_jobs: Limit | None = None
+    """Jobs of one caller that wait in one pool; more are refused with 429."""
+    trusted_proxies: list[str] = []
+    """Addresses and networks whose ``X-Forwarded-For`` says where a request comes from, for example ``10.0.0.0/8``."""
+
+    _lists = field_validator("trusted_proxies", mode="before")(comma_separated)
+
+    @property
+    def defaults(self) -> CallerLimits:
+        """The limits of callers about whom nothing else is said."""
+        return limits_in(self)
+
+    @property
+    def networks(self) -> list[Network]:
+        """``trusted_proxies``, read."""
+        return [ipaddress.ip_network(each) for each in self.trusted_proxies]
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, proxies: list[str]) -> list[str]:
+        for each in proxies:
+            try:
+                ipaddress.ip_network(each)
+            except ValueError as error:
+                raise ValueError(f"a list of addresses and networks such as 10.0.0.0/8 ({error})") from None
+        return proxies
 
 
 class KeySettings(Section):
-    """One API key of the configuration; limits of a key belong here and into :class:`llmstream.types.ApiKey`."""
+    """One API key of the configuration."""
 
     value: SecretStr
     """The key itself, 16 characters or more, for example ``openssl rand -hex 32``."""
@@ -32,6 +81,16 @@ class KeySettings(Section):
     """From then on the key is refused; UTC unless it says otherwise."""
     webhook_secret: SecretStr | None = None
     """Signs events of its jobs instead of the secret made of ``webhooks.secret``; in the same form."""
+    requests_per_minute: Limit | None = None
+    """What this key may do instead of what ``rate_limit`` says; 0: no limit. So with the next four."""
+    burst_size: Limit | None = None
+    """Requests at once after a pause."""
+    tokens_per_minute: Limit | None = None
+    """Tokens of prompts and answers in a minute."""
+    concurrent_jobs: Limit | None = None
+    """Jobs that run at once in one pool."""
+    queued_jobs: Limit | None = None
+    """Jobs that wait in one pool."""
 
     _lists = field_validator("scopes", "models", mode="before")(comma_separated)
 
@@ -94,6 +153,11 @@ class SecuritySettings(Section):
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s*]+", origin):
                 raise ValueError("a list of origins such as https://app.example.com, without a path, or *")
         return origins
+
+
+def limits_in(section: RateLimitSettings | KeySettings) -> CallerLimits:
+    """What a section says about limits."""
+    return CallerLimits(**{name: getattr(section, name) for name in CallerLimits.__struct_fields__})
 
 
 def split_keys(text: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 ``LLM_BASE_URL``, ``LLM_API_KEY`` and ``LLM_MODEL`` make a provider. So does a key under the name that its API gave it
 (such as ``OPENAI_API_KEY``) where nothing else is configured; else it is taken by the provider of that API.
-``INNER_LLM_URL`` is the core that this service stands in front of.
+``INNER_LLM_URL`` is the core that this service stands in front of. ``LLM_RPM`` and ``LLM_TPM`` limit what each provider
+is asked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from llmstream.config_sources import Found, Values
 from llmstream.presets import PRESETS, preset_of, recognised
 
 BASE_URL, API_KEY, MODEL = "LLM_BASE_URL", "LLM_API_KEY", "LLM_MODEL"
+RATES = {"rpm": "LLM_RPM", "tpm": "LLM_TPM"}
 UNNAMED = "llm"
 """The provider at ``LLM_BASE_URL`` where its host is none that we know."""
 CORE_URL, CORE = "INNER_LLM_URL", "core"
@@ -29,7 +31,7 @@ def from_known_variables(values: Values, env: Mapping[str, str]) -> Values:
     found = _the_one(env) | _core(values, env) | _local(values)
     if not found and not any(key[0] in ("models", "providers") for key in values):
         found = _ambient(env)
-    return found | _keys(values | found, env)
+    return found | _keys(values | found, env) | _rates(values | found, env)
 
 
 def _the_one(env: Mapping[str, str]) -> Values:
@@ -104,6 +106,17 @@ def _keys(values: Values, env: Mapping[str, str]) -> Values:
             if ("providers", name, "api_key") not in values and env.get(variable):
                 found["providers", name, "api_key"] = Found(env[variable], f"environment variable {variable}")
     return found
+
+
+def _rates(values: Values, env: Mapping[str, str]) -> Values:
+    """What each model of a provider may be asked in a minute, for the providers that say nothing else."""
+    return {
+        ("providers", key[1], field): Found(env[variable], f"environment variable {variable}")
+        for field, variable in RATES.items()
+        for key in values
+        if key[0] == "providers" and len(key) > 1 and env.get(variable)
+        if ("providers", key[1], field) not in values
+    }
 
 
 def _text(values: Values, name: str, field: str) -> str | None:

@@ -11,6 +11,7 @@
     │   └── ModelNotFound     404
     ├── Conflict              409
     ├── Overloaded            429  the queue is full; retry after a while
+    ├── RateLimited           429  the caller's limit is reached; retry after a while
     ├── StoreUnavailable      503  Redis cannot be reached or refuses writes
     │   └── StoreError             the store answered something unexpected
     ├── BrokerUnavailable     503  RabbitMQ cannot be reached or does not confirm
@@ -128,6 +129,10 @@ class Conflict(LLMStreamError):
 
 class Overloaded(LLMStreamError):
     status, type, code, retryable = 429, "rate_limit_error", "queue_full", True
+
+
+class RateLimited(LLMStreamError):
+    status, type, code, retryable = 429, "rate_limit_error", "rate_limit_exceeded", True
 
 
 class StoreUnavailable(LLMStreamError):

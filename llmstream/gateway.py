@@ -30,6 +30,7 @@ from llmstream.errors import (
     ModelNotFound,
     NotFound,
     Overloaded,
+    RateLimited,
     ShuttingDown,
     StoreUnavailable,
 )
@@ -42,6 +43,7 @@ from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router, limits_of
 from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.audience import MemorySeat, Seat
+from llmstream.scheduler.charges import counted
 from llmstream.scheduler.control import draining
 from llmstream.scheduler.gauges import watch_pools
 from llmstream.scheduler.scheduler import Scheduler
@@ -163,28 +165,29 @@ class Gateway:
         A request whose ``identity`` was accepted before is that job, which may be running or over.
 
         Raises BadRequest or ModelNotFound for what can never run, Overloaded with ``retry_after`` when the queue is
-        full, Draining, Conflict when the identity belongs to a different request, NobodyLeft, ShuttingDown,
-        StoreUnavailable.
-        After an error nothing is left behind.
+        full, RateLimited with it when the principal's limits are reached, Draining, Conflict when the identity belongs
+        to a different request, NobodyLeft, ShuttingDown, StoreUnavailable. After an error nothing is left behind.
         """
         job = await self._admit(request, identity=identity, **given)
+        principal = given.get("principal")
         if in_memory(job.id):
-            return self._run_here(job, identity)
+            return await self._accept_here(job, identity, principal)
         job = await self._duplicates.identify(job, identity)
-        return await self._enqueue(job, identity)
+        return await self._accept(job, identity, principal)
 
     async def start(
         self, request: GenerateRequest, *, identity: Identity | None = None, **given: Unpack[Submission]
     ) -> tuple[Job, Follower]:
         """Like :meth:`submit`, and reads the job from its beginning; close the follower."""
         job = await self._admit(request, identity=identity, **given)
+        principal = given.get("principal")
         if in_memory(job.id):
-            return job, self.read(self._run_here(job, identity))
+            return job, self.read(await self._accept_here(job, identity, principal))
         job = await self._duplicates.identify(job, identity)
         follower = self._store.log.follow(job.id, newborn=identity is None or not identity.named)
         seat = follower.seat = self._scheduler.audience.seat()
         try:
-            job = await self._enqueue(job, identity, seat)
+            job = await self._accept(job, identity, principal, seat)
         except BaseException:
             follower.close()
             raise
@@ -271,6 +274,10 @@ class Gateway:
             return False
         return True
 
+    async def count_request(self, principal: Principal) -> None:
+        """Counts a request for an answer that is there already. Raises RateLimited, StoreUnavailable."""
+        await self._scheduler.charges.request(principal.metered)
+
     async def came_before(self, identity: Identity, principal: Principal) -> bool:
         """Whether a request with this name is a job already."""
         return await self._duplicates.find(identity, principal.id) is not None
@@ -287,6 +294,8 @@ class Gateway:
         self._scheduler.stop_job(job_id)
         self._store.log.note_end(job_id, ended)
         state = await self.job(job_id)
+        if state.job.counted is not None:
+            await self._scheduler.charges.settle(job_id)
         if not in_memory(job_id):
             # Also when it had ended before: the answer to an earlier call may have been lost half-way.
             # Between its record and its place in line nobody knows of it but whoever asks for its end.
@@ -294,6 +303,8 @@ class Gateway:
             await self._lanes(state.job.pool).remove(job_id, state.job.receivers if unseen else ())
             if self.webhooks is not None and state.job.receivers:
                 self.webhooks.wake()
+            if state.job.counted is not None:
+                self._scheduler.kick(state.job.pool)  # another one of the caller's may have its place
             if self._posting is not None:
                 self._posting.over(job_id)
         return state
@@ -325,7 +336,9 @@ class Gateway:
         )
         name = digest("requeue", old.id)
         new_id = await self._store.repeats.point(name, job.id, self.settings.store.retention_s)
-        job = await self._enqueue(replace(job, id=new_id, fingerprint=name, continues=old.id))
+        job = await self._accept(
+            replace(job, id=new_id, fingerprint=name, continues=old.id), None, principal, named=True
+        )
         await self._lanes(old.pool).revive(old.id)
         return job
 
@@ -492,6 +505,7 @@ class Gateway:
             grace_s=grace_s,
             request_id=ORIGIN.get().request_id,
             traceparent=self.observer.traceparent(),
+            counted=counted(principal.metered),
             restarts=restarts,
             not_before=not_before,
             patience_s=patience_s,
@@ -533,6 +547,54 @@ class Gateway:
         """What came before is there to be read, whoever rests now."""
         if identity is None or not identity.named or not await self.came_before(identity, principal):
             raise error
+
+    async def _accept(
+        self,
+        job: Job,
+        identity: Identity | None,
+        principal: Principal | None,
+        seat: Seat | None = None,
+        *,
+        named: bool = False,
+    ) -> Job:
+        """Charges its caller for a job, and puts it on record and in line; ``named``: it may be there already."""
+        metered = principal.metered if principal is not None else None
+        if metered is None:
+            return await self._enqueue(job, identity, seat)
+        named = named or (identity is not None and identity.named)
+        there = named and await self._on_record(job.id)
+        taken = await self._scheduler.charges.job(job, metered, again=there)
+        try:
+            return await self._enqueue(job, identity, seat)
+        except (BrokerUnavailable, Conflict, Draining, Overloaded, RateLimited):
+            # Where an equal request was accepted meanwhile, the tokens are that one's.
+            if taken is not None and not (named and await self._on_record(job.id)):
+                await self._scheduler.charges.give_back(taken)
+            raise
+
+    async def _on_record(self, job_id: str) -> bool:
+        (status,) = await self._store.jobs.statuses([job_id])
+        return status is not None
+
+    async def _accept_here(self, job: Job, identity: Identity | None, principal: Principal | None) -> Job:
+        """Charges its caller for a memory job and accepts it."""
+        metered = principal.metered if principal is not None else None
+        if metered is None:
+            return self._run_here(job, identity)
+        if job.counted is not None and (job.counted.concurrent or job.counted.queued):
+            self._scheduler.charges.refused("durability")
+            raise BadRequest(
+                "How many jobs this caller has at once is limited, and jobs of durability 'memory' are on no record "
+                "where they could be counted; ask for another durability.",
+                param="durability",
+            )
+        taken = await self._scheduler.charges.job(job, metered)
+        try:
+            return self._run_here(job, identity)
+        except LLMStreamError:
+            if taken is not None:
+                await self._scheduler.charges.give_back(taken)
+            raise
 
     def _run_here(self, job: Job, identity: Identity | None) -> Job:
         """Accepts a memory job. Other replicas know nothing of it, so it cannot be found under a name there."""
@@ -662,6 +724,13 @@ class Gateway:
                 "(scheduler.max_scheduled). Try again once some have begun.",
                 code="too_many_scheduled",
                 retry_after=DEFAULT_RETRY_AFTER_S,
+            )
+        if pushed is Pushed.CALLER_FULL and job.counted is not None:
+            self._scheduler.charges.refused("queued_jobs")
+            return RateLimited(
+                f"{job.counted.queued} jobs of this caller wait already, which is the limit (queued_jobs). Try again "
+                "once some have begun.",
+                retry_after=(await self._overloaded(lanes)).retry_after,
             )
         return await self._overloaded(lanes)
 

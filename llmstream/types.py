@@ -237,6 +237,34 @@ LOCAL = "local"
 """The principal of a server without keys."""
 
 
+class CallerLimits(Struct, frozen=True, omit_defaults=True):
+    """How much a caller may ask for; None: no limit."""
+
+    requests_per_minute: int | None = None
+    burst_size: int | None = None
+    """Requests at once after a pause; None: those of a minute."""
+    tokens_per_minute: int | None = None
+    concurrent_jobs: int | None = None
+    """Jobs that run at once, in each pool."""
+    queued_jobs: int | None = None
+    """Jobs that wait, in each pool."""
+
+    def over(self, default: CallerLimits) -> CallerLimits | None:
+        """These, and the default ones where these say nothing; 0 takes a limit off. None when nothing is limited."""
+        fields = self.__struct_fields__
+        said = {name: getattr(default if getattr(self, name) is None else self, name) for name in fields}
+        found = CallerLimits(**{name: value or None for name, value in said.items()})
+        return None if found == CallerLimits(burst_size=found.burst_size) else found
+
+
+class Metered(Struct, frozen=True):
+    """Limits, and whose they are."""
+
+    who: str
+    """A key's name, or where the requests come from."""
+    limits: CallerLimits
+
+
 class Principal(Struct, frozen=True, omit_defaults=True):
     """Who asks, and what they may. Jobs of different principals at the same priority take turns.
 
@@ -247,6 +275,8 @@ class Principal(Struct, frozen=True, omit_defaults=True):
     scopes: tuple[Scope, ...] = SCOPES
     models: tuple[str, ...] | None = None
     """Patterns such as ``gpt-*`` of the models that may be asked for; None: all."""
+    metered: Metered | None = None
+    """What its requests count against; None: nothing."""
 
     @property
     def is_admin(self) -> bool:
@@ -274,6 +304,8 @@ class ApiKey(Struct, frozen=True, omit_defaults=True):
     created_at: float
     expires_at: float
     models: tuple[str, ...] | None = None
+    limits: CallerLimits | None = None
+    """What this key says about limits; what it does not say is as for others."""
 
     @property
     def principal(self) -> Principal:
@@ -349,6 +381,18 @@ REQUESTED = "request"
 """The receiver that the request itself names; configured ones have names of their own."""
 
 
+class Counted(Struct, frozen=True, omit_defaults=True):
+    """What a job is to the limits of whoever asked for it."""
+
+    who: str
+    tokens: bool = False
+    """Whether its tokens were charged, to be corrected at its end."""
+    concurrent: int | None = None
+    """So many of theirs may run at once in its pool."""
+    queued: int | None = None
+    """So many of theirs may wait in its pool."""
+
+
 class Job(Struct, frozen=True, omit_defaults=True):
     """One accepted generation: everything that is known and fixed from the moment of submission."""
 
@@ -373,6 +417,8 @@ class Job(Struct, frozen=True, omit_defaults=True):
     """The HTTP request that it came with, for the log of whoever runs it."""
     traceparent: str | None = None
     """The W3C trace context that it came in, for the spans of whoever runs it."""
+    counted: Counted | None = None
+    """Whose limits it counts against; None: nobody's."""
     restarts: bool = True
     """Whether the answer may start over after its model broke off where it cannot go on; otherwise the job fails and
     keeps what was said. After the death of a replica it starts over in any case."""

@@ -59,13 +59,28 @@ def test_keys_are_listed_without_their_secrets(cli: Cli) -> None:
     assert "here none is" in made.err
     secret = made.out.strip()
     (row,) = json.loads(cli.here("keys", "list", "--json").out)
-    assert row.keys() == {"id", "name", "scopes", "models", "created_at", "expires_at"}
+    assert row.keys() == {"id", "name", "scopes", "models", "limits", "created_at", "expires_at"}
     assert (row["name"], row["scopes"], row["models"]) == ("alice", ["read"], ["gpt-*", "echo"])
     assert row["expires_at"] - row["created_at"] == pytest.approx(12 * 3600)
     assert secret.startswith(f"sk-{row['id']}-")
     for listed in (cli.here("keys", "list").out, cli.here("keys", "list", "--json").out):
         assert "alice" in listed
         assert secret.split("-", 2)[2] not in listed
+
+
+def test_a_key_with_limits(cli: Cli) -> None:
+    """Limits are kept with a key and shown; what is no limit, or cannot hold, is refused."""
+    words = ("--requests-per-minute", "60", "--burst-size", "1", "--tokens-per-minute", "0")
+    assert cli.here("keys", "create", "alice", *words).status == 0
+    (row,) = json.loads(cli.here("keys", "list", "--json").out)
+    assert row["limits"] == {"requests_per_minute": 60, "burst_size": 1, "tokens_per_minute": 0}
+    assert "requests_per_minute=60" in cli.here("keys", "list").out.replace("\n", "").replace(" ", "")
+    for wrong in (("--queued-jobs", "-1"), ("--queued-jobs", "1", "--set", "broker.kind=rabbitmq")):
+        refused = cli.here("keys", "create", "bob", *wrong)
+        assert refused.status == 2
+        assert "--queued-jobs" in refused.err
+    off = cli.here("keys", "create", "bob", "--queued-jobs", "1", "--set", "rate_limit.enabled=false")
+    assert "switched off" in off.err
 
 
 def test_a_name_is_one_principal(cli: Cli) -> None:

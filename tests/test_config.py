@@ -29,6 +29,7 @@ from llmstream.config import (
     store_urls,
 )
 from llmstream.errors import ConfigError
+from llmstream.types import CallerLimits
 
 
 @pytest.fixture
@@ -195,6 +196,49 @@ def test_a_section_has_one_name_in_a_file(config: Path) -> None:
     assert "'server' is here twice; 'app', which is the same, was set on line 1 before" in refusal(config)
     config.write_text("app: {prot: 1}\n")
     assert "server.prot: unknown setting; did you mean 'port'" in refusal(config)
+
+
+def test_the_section_rate_limit(config: Path) -> None:
+    """The section and its variables mean what they meant to an older system; nothing is limited without them."""
+    assert load(env={}).rate_limit.defaults == CallerLimits()
+    config.write_text("rate_limit: {enabled: true, requests_per_minute: 10}\n")
+    assert load(config, {}).rate_limit.defaults == CallerLimits(requests_per_minute=10)
+    found = load(config, {"RATE_LIMIT__REQUESTS_PER_MINUTE": "50", "RATE_LIMIT__BURST_SIZE": "100"}).rate_limit
+    assert found.defaults == CallerLimits(requests_per_minute=50, burst_size=100)
+    assert load(env={"RATE_LIMIT__TRUSTED_PROXIES": "10.0.0.0/8, ::1"}).rate_limit.trusted_proxies == [
+        "10.0.0.0/8",
+        "::1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rate_limit: {requests_per_minute: -1}", "rate_limit.requests_per_minute = -1"),
+        ("rate_limit: {trusted_proxies: [10.0.0.1/8]}", "10.0.0.1/8 has host bits set"),
+        (
+            "{rate_limit: {concurrent_jobs: 1}, store: {durability: memory}}",
+            "rate_limit: concurrent_jobs and queued_jobs",
+        ),
+        (
+            "{keys: {a: {value: 0123456789abcdef, queued_jobs: 1}}, broker: {kind: rabbitmq}}",
+            "keys.a.queued_jobs: with broker.kind = 'rabbitmq'",
+        ),
+    ],
+)
+def test_limits_that_cannot_hold_are_refused(config: Path, text: str, message: str) -> None:
+    """A limit that is none, or that nobody could count, is a mistake in the configuration."""
+    config.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(config, {})
+
+
+def test_whose_limits_go_first() -> None:
+    """A key's own limits go before those of all, 0 takes one off, and a burst alone is no limit."""
+    all_ = CallerLimits(requests_per_minute=10, burst_size=20, tokens_per_minute=30)
+    own = CallerLimits(requests_per_minute=5, tokens_per_minute=0, queued_jobs=7)
+    assert own.over(all_) == CallerLimits(requests_per_minute=5, burst_size=20, queued_jobs=7)
+    assert CallerLimits(requests_per_minute=0).over(CallerLimits(requests_per_minute=10, burst_size=20)) is None
 
 
 def test_variables_reach_named_sections(config: Path) -> None:

@@ -105,6 +105,23 @@ def test_the_variables_of_one_provider(
     assert (list(settings.providers), settings.models) == ([name], {})
 
 
+def test_rates_for_all_providers(tmp_path: Path) -> None:
+    """LLM_RPM and LLM_TPM limit what every provider is asked, unless it says something else; bad ones are refused."""
+    file = tmp_path / "llmstream.yaml"
+    file.write_text("providers:\n  groq: {rpm: 7}\n  ollama:\n")
+    rates = {"LLM_RPM": "500", "LLM_TPM": "100000"}
+    providers = load(file, {**rates, "PROVIDERS__OLLAMA__TPM": "9"}).providers
+    assert {name: (each.rpm, each.tpm) for name, each in providers.items()} == {
+        "groq": (7, 100_000),
+        "ollama": (500, 9),
+    }
+    (provider,) = load(env={**rates, "OPENAI_API_KEY": "key", "LLM_MODEL": "m"}).providers.values()
+    assert (provider.rpm, provider.tpm) == (500, 100_000)
+    assert load(env=rates).providers == {}
+    with pytest.raises(ConfigError, match=r"providers\.groq\.tpm = 'many' \(environment variable LLM_TPM\)"):
+        load(file, {"LLM_TPM": "many"})
+
+
 def test_a_longer_spelling_goes_before_the_variables_of_one_provider(tmp_path: Path) -> None:
     """PROVIDERS__… wins over LLM_…, which wins over the file; other providers of the file stay."""
     file = tmp_path / "llmstream.yaml"

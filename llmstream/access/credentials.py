@@ -12,14 +12,20 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 
-from llmstream.types import ApiKey, Scope, scopes_upto
+from llmstream.types import ApiKey, CallerLimits, Scope, scopes_upto
 
 _ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _SECRET = re.compile(r"sk-([0-9a-z]{10})-[A-Za-z0-9_-]{43}")
 
 
 def issue(
-    name: str, *, scopes: Iterable[Scope], models: Sequence[str] | None, now: float, expires_at: float
+    name: str,
+    *,
+    scopes: Iterable[Scope],
+    models: Sequence[str] | None,
+    now: float,
+    expires_at: float,
+    limits: CallerLimits | None = None,
 ) -> tuple[str, ApiKey]:
     """A new secret, to be shown once, and what is kept of it. Times are seconds since the epoch."""
     key_id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(10))
@@ -33,6 +39,7 @@ def issue(
         created_at=now,
         expires_at=expires_at,
         models=None if models is None else tuple(models),
+        limits=limits,
     )
     return secret, key
 

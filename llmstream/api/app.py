@@ -19,6 +19,7 @@ from llmstream.api import (
     proxy,
     question,
     queues,
+    rates,
     service,
     sessions,
     webhooks,
@@ -44,8 +45,11 @@ def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.App
     cors = Cors(settings.security.cors_origins)
     if settings.security.cors_origins:
         middlewares.append(cors.preflight)
+    metered = rates.by_address(settings.rate_limit) if not settings.authenticated else None
     if settings.authenticated:
         middlewares.append(guard(settings.security))
+    elif metered is not None:
+        middlewares.append(metered)
     app = web.Application(middlewares=middlewares, client_max_size=settings.server.max_body_bytes)
     app[STREAMS] = Streams()
     app[PRESENCE] = Presence()
@@ -61,6 +65,8 @@ def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.App
         app[pages.DOCUMENT] = pages.Document(app)
         app.add_routes(pages.routes)
     app.on_response_prepare.append(on_prepare)
+    if settings.authenticated or metered is not None:
+        app.on_response_prepare.append(rates.on_prepare)
     if settings.security.cors_origins:
         app.on_response_prepare.append(cors.on_prepare)
 

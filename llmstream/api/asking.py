@@ -203,6 +203,7 @@ async def reuse(
         return None, known
     found = await gateway.cache.look(generate, principal, refresh=NO_CACHE in said)
     if found.hit is not None:
+        await gateway.count_request(principal)
         return Asked(found.hit.job, gateway.read(found.hit.job), cached=True), known
     return None, (known or Identity(""))._replace(reserved=found.reserved)
 

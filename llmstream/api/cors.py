@@ -7,8 +7,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
+from llmstream.api import rates
+
 METHODS = "GET, POST, DELETE"
-EXPOSED = "Location, Retry-After, retry-after-ms, x-job-id, x-request-id, x-should-retry, X-Process-Time"
+OWN = ("Location", "Retry-After", "retry-after-ms", "x-job-id", "x-request-id", "x-should-retry", "X-Process-Time")
+EXPOSED = ", ".join((*OWN, *rates.HEADERS))
 MAX_AGE_S = 600
 ANY = "*"
 

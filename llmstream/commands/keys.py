@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from msgspec import to_builtins
 from pydantic import SecretStr
 from rich.table import Table
 from rich.text import Text
@@ -21,16 +22,16 @@ from llmstream.commands.options import read_settings
 from llmstream.commands.running import run as run_to_end
 from llmstream.commands.terminal import say, stdout_console
 from llmstream.config import Settings
-from llmstream.config_security import KEY_NAME_PATTERN, KEY_NAME_RULE
+from llmstream.config_security import KEY_NAME_PATTERN, KEY_NAME_RULE, MAX_LIMIT
 from llmstream.errors import ConfigError, Conflict, NotFound
 from llmstream.store.api_keys import ApiKeys
 from llmstream.store.embedded import find_running
 from llmstream.store.store import open_store
-from llmstream.types import ApiKey
+from llmstream.types import ApiKey, CallerLimits
 
 UNITS = {"h": 3600, "d": 86400}
 MAX_DAYS = 3650
-COLUMNS = ("id", "name", "scopes", "models", "created", "expires")
+COLUMNS = ("id", "name", "scopes", "models", "limits", "created", "expires")
 
 Step = Callable[[ApiKeys], Coroutine[Any, Any, int]]
 
@@ -39,12 +40,14 @@ def create(args: argparse.Namespace) -> int:
     settings, now = read_settings(args), time.time()
     if not KEY_NAME_PATTERN.fullmatch(args.name):
         raise ConfigError(f"The name {args.name[:80]!r} is not allowed; expected {KEY_NAME_RULE}.")
+    limits = _limits(args, settings)
     secret, key = issue(
         args.name,
         scopes=args.scopes or ["generate"],
         models=args.models,
         now=now,
         expires_at=expiry(args.expires, now),
+        limits=limits,
     )
 
     async def add(keys: ApiKeys) -> int:
@@ -56,6 +59,8 @@ def create(args: argparse.Namespace) -> int:
             )
         await keys.add(key, now)
         sys.stdout.write(f"{secret}\n")
+        if limits is not None and not settings.rate_limit.enabled:
+            say("Limits are switched off here (rate_limit.enabled).")
         say(f"Key {key.id} of {key.name}, valid until {_day(key.expires_at)}. It is not shown again.")
         if not settings.authenticated:
             say("Servers ask for keys where API_KEYS, keys or security.keys_required is set; here none is.")
@@ -106,6 +111,19 @@ def expiry(text: str, now: float) -> float:
     return moment
 
 
+def _limits(args: argparse.Namespace, settings: Settings) -> CallerLimits | None:
+    given = {name: getattr(args, name) for name in CallerLimits.__struct_fields__}
+    said = {name: value for name, value in given.items() if value is not None}
+    for name, value in said.items():
+        if not 0 <= value <= MAX_LIMIT:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected a number from 0 to {MAX_LIMIT}.")
+    if said.get("queued_jobs") and settings.broker.kind == "rabbitmq" and settings.broker.consume:
+        raise ConfigError(
+            "--queued-jobs: jobs wait in RabbitMQ here, where they are not counted by caller; leave it out."
+        )
+    return CallerLimits(**said) if said else None
+
+
 def _run(settings: Settings, step: Step) -> int:
     async def main() -> int:
         async with _open_keys(settings) as keys:
@@ -130,6 +148,7 @@ def _row(key: ApiKey) -> dict[str, Any]:
         "name": key.name,
         "scopes": list(key.scopes),
         "models": list(key.models or ["*"]),
+        "limits": {} if key.limits is None else to_builtins(key.limits),
         "created_at": key.created_at,
         "expires_at": key.expires_at,
     }
@@ -140,9 +159,14 @@ def _table(keys: list[ApiKey]) -> Table:
     for name in COLUMNS:
         table.add_column(name, overflow="fold")
     for key in keys:
-        texts = (key.id, key.name, ", ".join(key.scopes), ", ".join(key.models or ["*"]))
+        texts = (key.id, key.name, ", ".join(key.scopes), ", ".join(key.models or ["*"]), _shown(key.limits))
         table.add_row(*map(Text, texts), _day(key.created_at), _day(key.expires_at))
     return table
+
+
+def _shown(limits: CallerLimits | None) -> str:
+    said = {} if limits is None else to_builtins(limits)
+    return ", ".join(f"{name}={value}" for name, value in said.items())
 
 
 def _day(moment: float) -> str:

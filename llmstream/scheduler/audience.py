@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from llmstream.errors import StoreUnavailable
@@ -30,11 +30,20 @@ logger = logging.getLogger(__name__)
 class Audience:
     """Everybody who reads here and counts."""
 
-    def __init__(self, store: Store, replica: str, *, clock: Clock, stop_job: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        replica: str,
+        *,
+        clock: Clock,
+        stop_job: Callable[[str], None],
+        settle: Callable[[str], Awaitable[None]],
+    ) -> None:
         self._store = store
         self._replica = replica
         self._clock = clock
         self._stop_job = stop_job
+        self._settle = settle
         self._taken: set[Seat] = set()
         self._number = 0
         self._renewing: asyncio.Task[None] | None = None
@@ -65,6 +74,7 @@ class Audience:
             logger.info("nobody reads the job any more; it is cancelled", extra={"job_id": job_id})
             self._stop_job(job_id)
             self._store.log.note_end(job_id, found)
+            await self._settle(job_id)
             await lanes.remove(job_id)
 
     def keep(self, seat: Seat) -> None:

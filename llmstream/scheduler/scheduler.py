@@ -21,6 +21,7 @@ from llmstream.errors import (
     StoreUnavailable,
 )
 from llmstream.filters.filters import Filters
+from llmstream.providers.tokens import Tokenizer
 from llmstream.routing.gates import Crossing, Gates
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
@@ -28,13 +29,14 @@ from llmstream.routing.targets import REMOTE, Target
 from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.admission import Admission
 from llmstream.scheduler.audience import Audience
+from llmstream.scheduler.charges import Charges
 from llmstream.scheduler.control import QueueControl
 from llmstream.scheduler.line import Line
 from llmstream.scheduler.sleepers import Sleepers
 from llmstream.scheduler.worker import Worker
 from llmstream.store.breakers import Policy
 from llmstream.store.budgets import POLL_S, Wait
-from llmstream.store.lanes import ANNOUNCED, Claimed, Lanes, Standing
+from llmstream.store.lanes import ANNOUNCED, OTHERS_MAY, Claimed, Lanes, Standing
 from llmstream.store.memory import in_memory
 from llmstream.store.store import Store
 from llmstream.telemetry.observer import Observer
@@ -142,7 +144,9 @@ class Scheduler:
         """Gets the id of a logged job that has just ended here."""
         self.on_announced: Callable[[], None] | None = None
         """Hears that somebody is to be told of a job's end."""
-        self.audience = Audience(store, replica, clock=clock, stop_job=self.stop_job)
+        self.charges = Charges(store, accounts or Accounts({}, Tokenizer()), self._observer)
+        """What callers have taken of their limits."""
+        self.audience = Audience(store, replica, clock=clock, stop_job=self.stop_job, settle=self.charges.settle)
         self.pools: dict[str, Pool] = {}
         for name, most in router.pools.items():
             slots = min(most or settings.remote_slots, settings.remote_slots) if _is_remote(name) else most
@@ -423,9 +427,13 @@ class Scheduler:
         if in_memory(worker.job_id):
             if result == "release":
                 await self._end(pool, worker.job_id, ShuttingDown(GONE_WITH_US))
+            else:
+                await self._settle(worker)
         elif result == "release":
             await pool.lanes.release(worker.job_id, self.replica)
         else:
+            # Before the claim is given back: should we die in between, somebody else does both.
+            await self._settle(worker)
             settling = pool.lanes.settle(worker.job_id, self.replica, worker.claim, dead=result == "dead")
             settling.add_done_callback(partial(self._settled, pool))
             if self.on_over is not None:
@@ -436,14 +444,26 @@ class Scheduler:
         if error is not None:
             logger.warning("a job is over, but its claim may not be given back: %s", error)
             pool.unsure = True
-        elif self.on_announced is not None and not settling.cancelled() and settling.result() == ANNOUNCED:
-            self.on_announced()
+        elif not settling.cancelled():
+            if self.on_announced is not None and settling.result() & ANNOUNCED:
+                self.on_announced()
+            if settling.result() & OTHERS_MAY:
+                pool.wake.set()
+
+    async def _settle(self, worker: Worker) -> None:
+        try:
+            await self.charges.settle(worker.job_id, worker.job, worker.finished)
+        except StoreUnavailable:
+            raise
+        except Exception:  # a defect of ours must not keep a job for ever
+            logger.exception("what the job used is not counted", extra={"job_id": worker.job_id})
 
     async def _end(self, pool: Pool, job_id: str, error: LLMStreamError) -> None:
         finished = Finished(status="failed", at=self._clock(), failure=error.failure())
         with contextlib.suppress(NotFound):
             ended = await self._store.records(job_id).end(job_id, finished)
             self._store.log.note_end(job_id, ended)
+            await self.charges.settle(job_id)
         if in_memory(job_id):
             pool.line.remove(job_id)
         else:
@@ -455,6 +475,15 @@ class Scheduler:
         ended = self._store.memory.stop(job_id, Finished(status="cancelled", at=self._clock()))
         self.stop_job(job_id)
         self._store.log.note_end(job_id, ended)
+        settling = asyncio.create_task(self._settle_ended(job_id), name=f"settle-{job_id}")
+        self._tasks.add(settling)
+        settling.add_done_callback(self._tasks.discard)
+
+    async def _settle_ended(self, job_id: str) -> None:
+        try:
+            await self.charges.settle(job_id)
+        except StoreUnavailable as error:
+            logger.warning("what a memory job used is not counted: %s", error.message, extra={"job_id": job_id})
 
     async def _heartbeats(self, pool: Pool) -> None:
         loop, lag = asyncio.get_running_loop(), self._observer.metrics.loop_lag.of()

@@ -97,6 +97,8 @@ class Worker:
         self._observer = observer or Observer()
         self._filters = filters
         self._screen: AnswerFilter | None = None
+        self.finished: Finished | None = None
+        """The end of the job, where it was written here."""
         self._whole = True
         """Whether all attempts so far were made here."""
         self._begun: Begun | None = None
@@ -214,6 +216,7 @@ class Worker:
             failed = LLMStreamError("Something went wrong inside llmstream; its log has the details.")
             finished = self._failed(failed)
         await writer.finish(finished)
+        self.finished = finished
         seen.end(finished.status, self._intake, failed)
         return "dead" if finished.failure is not None and finished.failure.retryable else "done"
 

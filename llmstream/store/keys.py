@@ -15,7 +15,8 @@
 {prefix}:{c:OWNER}:stats    hash    hits, misses, shared and evictions of these entries
 {prefix}:{q:POOL}:order     zset    waiting jobs by level and turn: the order of service inside a level
 {prefix}:{q:POOL}:ages      zset    the same jobs by level and time of arrival: how urgent a level is
-{prefix}:{q:POOL}:meta      hash    job -> level|arrival|principal|deadline|turn|model, while it waits or runs
+{prefix}:{q:POOL}:meta      hash    job -> level|arrival|principal|deadline|turn|model, while it waits or runs; of a
+                                    caller with limits also |caller|most that run|urgency when it was parked
 {prefix}:{q:POOL}:turns     hash    level -> turn being served, level:principal -> last turn given out
 {prefix}:{q:POOL}:claims    hash    job -> replica|claimed at|number of the claim
 {prefix}:{q:POOL}:replicas  zset    replica -> end of its lease
@@ -35,6 +36,8 @@
 {prefix}:{q:POOL}:outbox    zset    job|receiver of each event to be delivered -> when to try, or when its lease ends
 {prefix}:{q:POOL}:tries     hash    the same -> how often it was tried and what came of it
 {prefix}:{q:POOL}:undelivered  zset events that were given up, by the time of it
+{prefix}:{q:POOL}:callers   zset    state|caller|… of each job of a caller with limits: who has how many
+{prefix}:{q:POOL}:parked    zset    jobs that wait until another one of their caller has ended, by level and turn
 {prefix}:{n:NUMBER}:probe   string  written to see whether a server takes writes; numbers spread over a cluster
 {prefix}:{t:TARGET}:window  hash    requests and tokens of the last minute by slice of time, and their sums
 {prefix}:{t:TARGET}:holds   hash    replica|try -> slice it was counted in|tokens reserved|number: its slot
@@ -43,7 +46,9 @@
 {prefix}:{t:TARGET}:asked   zset    replica that waits -> until when it counts as waiting
 {prefix}:{breakers}:states  hash    target -> how often its breaker opened|until when|closed at|probe until|who probes
 {prefix}:{breakers}:failures:TARGET hash  slice of time -> failures|successes
-{prefix}:{l:WHO}:NAME       string  when this bucket of a caller will be full again
+{prefix}:{l:WHO}:NAME       string  a bucket of a caller: looked at | what was missing then
+{prefix}:{l:WHO}:took:RECEIPT string that something was taken under this receipt
+{prefix}:{l:WHO}:noted:JOB  string  what was taken for a job | limit | window; then that it is settled
 {prefix}:api_keys           hash    id of an API key -> all but its secret
 {prefix}:stream_secret      string  signs the URLs of streams
 {prefix}:wake               channel pool names with new work
@@ -82,6 +87,8 @@ QUEUE_PARTS = (
     "control",
     "hooked",
     "outbox",
+    "callers",
+    "parked",
 )
 OUTBOX_PARTS = ("outbox", "tries", "undelivered")
 BUDGET_PARTS = ("window", "holds", "leases", "line", "asked")
@@ -160,3 +167,9 @@ class Keys:
 
     def bucket(self, who: str, name: str) -> str:
         return f"{self._prefix}:{{l:{quote(who, safe='')}}}:{name}"
+
+    def receipt(self, who: str, receipt: str) -> str:
+        return f"{self._prefix}:{{l:{quote(who, safe='')}}}:took:{receipt}"
+
+    def noted(self, who: str, job_id: str) -> str:
+        return f"{self._prefix}:{{l:{quote(who, safe='')}}}:noted:{job_id}"

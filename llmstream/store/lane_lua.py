@@ -39,6 +39,63 @@ local function forget_aside(id)
   redis.call('ZREM', scheduled, id)
   redis.call('ZREM', paused, id)
 end
+-- Jobs of callers with limits stand among callers, all with score 0: r|WHO|id run, w|WHO|id wait in line, and
+-- p|WHO|urgency|id are parked until one of the caller's has ended. Each part of a caller's meta stands for itself, so
+-- that nothing can be counted twice.
+local function number_of(state, who)
+  return redis.call('ZLEXCOUNT', callers, '[' .. state .. '|' .. who .. '|', '(' .. state .. '|' .. who .. '}')
+end
+local function counted(id)
+  local m = redis.call('ZCARD', callers) > 0 and redis.call('HGET', meta, id)
+  local part = m and split(m)
+  return part and (part[7] or '') ~= '' and part
+end
+local function run_for_caller(id, part)
+  redis.call('ZREM', callers, 'w|' .. part[7] .. '|' .. id)
+  redis.call('ZADD', callers, 0, 'r|' .. part[7] .. '|' .. id)
+end
+local function leave_callers(id, part)
+  redis.call('ZREM', callers, 'r|' .. part[7] .. '|' .. id)
+  redis.call('ZREM', callers, 'w|' .. part[7] .. '|' .. id)
+  if redis.call('ZREM', parked, id) == 1 then
+    redis.call('ZREM', callers, 'p|' .. part[7] .. '|' .. part[9] .. '|' .. id)
+  end
+end
+local function wait_for_caller(id, part)
+  if (part[7] or '') ~= '' then
+    leave_callers(id, part)
+    redis.call('ZADD', callers, 0, 'w|' .. part[7] .. '|' .. id)
+  end
+end
+local function park(id, part, ageing)
+  redis.call('ZREM', order, id)
+  redis.call('ZREM', ages, id)
+  leave_callers(id, part)
+  part[9] = string.format('%016.0f%012.0f', part[2] + part[1] * ageing, part[5])
+  redis.call('HSET', meta, id, table.concat(part, '|', 1, 9))
+  redis.call('ZADD', parked, fmt(part[1] * B + part[5]), id)
+  redis.call('ZADD', callers, 0, 'p|' .. part[7] .. '|' .. part[9] .. '|' .. id)
+end
+-- Lets as many of a caller's parked jobs stand in line as may run beside those that do, the most urgent first.
+-- -> how many
+local function unpark(who)
+  local low, high, back = '[p|' .. who .. '|', '(p|' .. who .. '}', 0
+  local able = number_of('r', who)
+  while true do
+    local first = redis.call('ZRANGEBYLEX', callers, low, high, 'LIMIT', 0, 1)[1]
+    local id = first and string.match(first, '^p|[^|]*|[^|]*|(.*)$')
+    local part = id and split(redis.call('HGET', meta, id) or '')
+    if not first or (part[8] or '') ~= '' and able >= tonumber(part[8]) then return back end
+    redis.call('ZREM', callers, first)
+    redis.call('ZREM', parked, id)
+    if part[7] then
+      redis.call('ZADD', order, fmt(part[1] * B + part[5]), id)
+      redis.call('ZADD', ages, fmt(part[1] * B + part[2]), id)
+      wait_for_caller(id, part)
+      able, back = able + 1, back + 1
+    end
+  end
+end
 """
 )
 ANNOUNCING = """
@@ -98,6 +155,7 @@ local function wait(id, part)
     redis.call('ZADD', ages, fmt(level * B + part[2]), id)
   end
   if part[4] ~= '' then redis.call('ZADD', deadlines, part[4], id) end
+  wait_for_caller(id, part)
 end
 """
 WAITING = (
@@ -117,7 +175,7 @@ local function arrive(id, part)
   local turn = math.max(served, tonumber(redis.call('HGET', turns, field) or 0)) + 1
   redis.call('HSET', turns, field, turn)
   part[5] = fmt(turn)
-  redis.call('HSET', meta, id, table.concat(part, '|', 1, 6))
+  redis.call('HSET', meta, id, table.concat(part, '|', 1, (part[7] or '') ~= '' and 9 or 6))
   wait(id, part)
 end
 -- Lets those wait in line whose time has come -> how many these are

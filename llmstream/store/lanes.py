@@ -5,6 +5,9 @@ principal's last or the one being served, whichever is later. Between levels the
 whose oldest job has waited longest after adding ``ageing_s`` for every step of priority; so nothing waits for ever.
 The position in the order follows from two sorted sets and costs O(log n) whatever the backlog.
 
+Of a caller with a limit of jobs at once no more are claimed: what comes to its turn beyond is *parked*, out of the way
+of the others, and stands in line again, at its old place, when one of the caller's has ended.
+
 A replica's lease covers all its claims: one heartbeat renews them, and when it lapses they all go back to the front of
 their levels.
 """
@@ -28,7 +31,8 @@ DEAD_LETTERS = 1000
 """How many are kept for each pool."""
 PAGE = 500
 """Jobs looked at in one step where all of them are."""
-ANNOUNCED = 2
+ANNOUNCED, OTHERS_MAY = 2, 4
+"""What settling a job may bring: somebody is to hear of its end; others of its caller may run."""
 
 _PUSH = Script(
     "push",
@@ -37,8 +41,9 @@ _PUSH = Script(
     + """
 -- ARGV id, level, principal, most waiting, ttl_ms, deadline_ms or '', retention_ms, wake channel or '', pool,
 -- look for readers after (ms) or '', model, not before (ms), most scheduled, 1 if it stood there before,
--- who hears of its end or ''
--- -> 1 it waits or runs, 0 too many wait, 2 its lane or model is draining, 3 too many are scheduled
+-- who hears of its end or '', then of a caller with limits: who, most that run or '', most that wait or ''
+-- -> 1 it waits or runs, 0 too many wait, 2 its lane or model is draining, 3 too many are scheduled, 4 too many of the
+-- caller's wait
 local id, level, again = ARGV[1], tonumber(ARGV[2]), ARGV[14] == '1'
 if redis.call('HEXISTS', meta, id) == 1 then return 1 end
 local draining = not again and rules_of(modes[2])
@@ -48,11 +53,14 @@ local asleep = due > now
 if not again then
   if asleep then
     if redis.call('ZCARD', scheduled) >= tonumber(ARGV[13]) then return 3 end
-  elseif redis.call('ZCARD', order) + (pausing and redis.call('ZCARD', paused) or 0) >= tonumber(ARGV[4]) then
-    return 0
+  else
+    local waiting = redis.call('ZCARD', order) + redis.call('ZCARD', parked)
+    if waiting + (pausing and redis.call('ZCARD', paused) or 0) >= tonumber(ARGV[4]) then return 0 end
+    local most = tonumber(ARGV[18])
+    if most and number_of('w', ARGV[16]) + number_of('p', ARGV[16]) >= most then return 4 end
   end
 end
-local part = {ARGV[2], fmt(math.max(now, due)), ARGV[3], ARGV[6], '0', ARGV[11]}
+local part = {ARGV[2], fmt(math.max(now, due)), ARGV[3], ARGV[6], '0', ARGV[11], ARGV[16], ARGV[17], ARGV[16] and ''}
 if asleep then
   redis.call('HSET', meta, id, table.concat(part, '|'))
   redis.call('ZADD', scheduled, fmt(due), id)
@@ -68,6 +76,7 @@ end
 redis.call('ZADD', index, fmt(now), id)
 redis.call('ZREMRANGEBYSCORE', index, '-inf', fmt(now - ARGV[7]))
 keep(ARGV[5] + math.max(0, due - now), {order, ages, meta, turns, index, deadlines, unread})
+if ARGV[16] then keep(ARGV[5] + math.max(0, due - now), {callers}) end
 if asleep or pausing then keep(ARGV[5] + math.max(0, due - now), {scheduled, paused}) end
 if ARGV[8] ~= '' and not asleep then redis.call('PUBLISH', ARGV[8], ARGV[9]) end
 return 1
@@ -96,8 +105,9 @@ if held then
     count = math.min(count, share + math.floor(share / 8) - held)
   end
 end
-local aside = 0
-while #claimed < count do
+local aside, parks = 0, 0
+local limited = redis.call('ZCARD', callers) > 0
+while #claimed < count and parks < 128 do
   local best, best_level, cursor = nil, nil, 0
   while true do
     local oldest = redis.call('ZRANGEBYSCORE', ages, fmt(cursor), '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
@@ -116,8 +126,9 @@ while #claimed < count do
                            'WITHSCORES', 'LIMIT', 0, 1)
   local id = first[1]
   local turn = first[2] - best_level * B
-  local part = pausing and split(redis.call('HGET', meta, id) or '')
-  if part and part[6] and covered(pausing, best_level, part[6]) then
+  local part = (pausing or limited) and split(redis.call('HGET', meta, id) or '')
+  local own = part and (part[7] or '') ~= '' and part
+  if pausing and part[6] and covered(pausing, best_level, part[6]) then
     -- It came before the pause did.
     forget_waiting(id)
     wait(id, part)
@@ -126,21 +137,28 @@ while #claimed < count do
       first_left = fmt(best)
       break
     end
+  elseif own and own[8] ~= '' and number_of('r', own[7]) >= tonumber(own[8]) then
+    park(id, own, ARGV[3])
+    parks = parks + 1
   else
     if turn > tonumber(redis.call('HGET', turns, best_level) or 0) then
       redis.call('HSET', turns, best_level, fmt(turn))
     end
     forget_waiting(id)
+    if own then run_for_caller(id, own) end
     redis.call('HSET', claims, id, ARGV[1] .. '|' .. now .. '|' .. fmt(number))
     claimed[#claimed + 1] = id
   end
 end
+if limited then keep(ARGV[4], {callers, parked}) end
 if aside > 0 then keep(ARGV[4], {paused, deadlines}) end
 if #claimed > 0 then
   redis.call('HSET', stats, 'last_claim', fmt(number))
   -- A claim always stands under a lease, also where the replica was away and its own one is gone.
   redis.call('ZADD', replicas, 'NX', fmt(now + ARGV[5]), ARGV[1])
-  if redis.call('ZCARD', order) == 0 and redis.call('ZCARD', paused) == 0 then redis.call('DEL', turns) end
+  if redis.call('ZCARD', order) + redis.call('ZCARD', paused) + redis.call('ZCARD', parked) == 0 then
+    redis.call('DEL', turns)
+  end
   keep(ARGV[4], {claims, turns, stats, replicas})
 end
 local left = redis.call('ZCARD', order)
@@ -163,13 +181,20 @@ for i = 4, #ARGV, 5 do
   if redis.call('HEXISTS', claims, id) == 0 then
     if redis.call('HEXISTS', meta, id) == 0 then
       local part = split(ARGV[i + 1])
-      redis.call('HSET', meta, id, part[1] .. '|' .. fmt(now) .. '|' .. part[2] .. '|' .. part[3] .. '|0|' .. part[4])
+      local m = part[1] .. '|' .. fmt(now) .. '|' .. part[2] .. '|' .. part[3] .. '|0|' .. part[4]
+      if (part[5] or '') ~= '' then m = m .. '|' .. part[5] .. '|' .. part[6] .. '|' end
+      redis.call('HSET', meta, id, m)
       redis.call('ZADD', index, 'NX', fmt(now), id)
       if ARGV[i + 2] ~= '' then redis.call('ZADD', unread, fmt(now + ARGV[i + 2]), id) end
       if ARGV[i + 4] ~= '' then redis.call('HSET', hooked, id, ARGV[i + 4]) end
     end
+    local part = split(redis.call('HGET', meta, id))
     forget_waiting(id)
     forget_aside(id)
+    if (part[7] or '') ~= '' then
+      leave_callers(id, part)
+      run_for_caller(id, part)
+    end
     redis.call('HSET', claims, id, ARGV[1] .. '|' .. fmt(now) .. '|' .. ARGV[i + 3])
   end
 end
@@ -186,14 +211,21 @@ _SETTLE = Script(
     + """
 -- ARGV id, replica, ttl_ms, 1 for a dead letter, retention_ms, dead letters kept, number of the claim.
 -- The job needs no more work; its service time goes into the measured rate. Only the claim it was found under is meant:
--- a job that the store had lost may have come back and been claimed again since. 2: somebody is to hear of it.
+-- a job that the store had lost may have come back and been claimed again since.
+-- -> 1, or the sum of 2 when somebody is to hear of it and 4 when others of its caller may run instead
 local claim = redis.call('HGET', claims, ARGV[1])
 if not claim then return 0 end
 local part = split(claim)
 if part[1] ~= ARGV[2] or part[3] ~= ARGV[7] then return 0 end
+local caller, unparked = counted(ARGV[1]), 0
 redis.call('HDEL', claims, ARGV[1])
 redis.call('HDEL', meta, ARGV[1])
 redis.call('ZREM', unread, ARGV[1])
+if caller then
+  leave_callers(ARGV[1], caller)
+  unparked = unpark(caller[7])
+  keep(ARGV[3], {order, ages, callers})
+end
 local now = now_ms()
 if ARGV[4] == '1' then
   redis.call('ZADD', dead, fmt(now), ARGV[1])
@@ -207,7 +239,8 @@ redis.call('HSET', stats, 'service_ms', string.format('%.3f', mean + (took - mea
 redis.call('HINCRBY', stats, 'served', 1)
 local announced = announce(ARGV[1], now)
 keep(ARGV[3], announced == 1 and {stats, outbox} or {stats})
-return 1 + announced
+local brings = 2 * announced + (unparked > 0 and 4 or 0)
+return brings > 0 and brings or 1
 """,
 )
 
@@ -239,9 +272,15 @@ redis.call('ZREMRANGEBYSCORE', cancels, '-inf', fmt(now - 60000))
 redis.call('PEXPIRE', cancels, ARGV[2])
 redis.call('ZREM', unread, ARGV[1])
 if redis.call('HEXISTS', claims, ARGV[1]) == 1 then return 0 end
+local caller = counted(ARGV[1])
 forget_waiting(ARGV[1])
 forget_aside(ARGV[1])
 local waited = redis.call('HDEL', meta, ARGV[1])
+if caller then
+  leave_callers(ARGV[1], caller)
+  unpark(caller[7])
+  keep(ARGV[2], {order, ages, callers})
+end
 if waited == 0 and ARGV[3] ~= '' then redis.call('HSET', hooked, ARGV[1], ARGV[3]) end
 if announce(ARGV[1], now) == 1 then keep(ARGV[2], {outbox}) end
 return waited
@@ -325,14 +364,20 @@ local mean, offered = redis.call('HGET', stats, 'service_ms') or '', 0
 for _, n in ipairs(redis.call('HVALS', slots)) do offered = offered + n end
 local urgency, level, ahead = tonumber(ARGV[3]), nil, 0
 if not urgency then
-  local score = redis.call('ZSCORE', order, ARGV[1])
+  local caller = counted(ARGV[1])
+  local score = redis.call('ZSCORE', order, ARGV[1]) or redis.call('ZSCORE', parked, ARGV[1])
   if not score then
     local due = redis.call('ZSCORE', scheduled, ARGV[1])
     return {redis.call('ZSCORE', paused, ARGV[1]) and -2 or -1, mean, offered, due or ''}
   end
   level = math.floor(score / B)
   ahead = redis.call('ZCOUNT', order, fmt(level * B), '(' .. fmt(tonumber(score)))
-  urgency = redis.call('ZSCORE', ages, ARGV[1]) - level * B + level * ARGV[2]
+  local age = redis.call('ZSCORE', ages, ARGV[1])
+  urgency = (age and age - level * B or caller[2]) + level * ARGV[2]
+  if not age then -- parked: its caller's others come first
+    local own = 'p|' .. caller[7] .. '|'
+    ahead = ahead + redis.call('ZLEXCOUNT', callers, '[' .. own, '(' .. own .. caller[9] .. '|' .. ARGV[1])
+  end
 end
 for other = 0, 20 do
   if other ~= level then
@@ -352,7 +397,8 @@ _CENSUS = Script(
 -- waiting per level, running, replicas with slots, mean service ms, served, scheduled, paused
 local waiting = {}
 for level = 0, 20 do
-  waiting[level + 1] = redis.call('ZCOUNT', order, fmt(level * B), '(' .. fmt((level + 1) * B))
+  local low, high = fmt(level * B), '(' .. fmt((level + 1) * B)
+  waiting[level + 1] = redis.call('ZCOUNT', order, low, high) + redis.call('ZCOUNT', parked, low, high)
 end
 return {waiting, redis.call('HVALS', claims), redis.call('HGETALL', slots),
         redis.call('HGET', stats, 'service_ms') or '', redis.call('HGET', stats, 'served') or '0',
@@ -433,6 +479,8 @@ class Pushed(Enum):
     ACCEPTED = 1
     DRAINING = 2
     TOO_MANY_SCHEDULED = 3
+    CALLER_FULL = 4
+    """Too many of its caller's wait."""
 
     def __bool__(self) -> bool:
         return self is Pushed.ACCEPTED
@@ -483,7 +531,10 @@ class Lanes:
         it they find the job at their next heartbeat, unless the caller takes it. ``again`` says that it stood there
         before, so that it is never refused.
         """
-        level, principal, deadline, model = _meta(job)
+        level, principal, deadline, model, *_ = _meta(job)
+        counted: tuple[Arg, ...] = ()
+        if (own := job.counted) is not None and (own.concurrent or own.queued):
+            counted = (*_counted(job), own.queued or "")
         reply = await self._pipeline.run(
             _PUSH,
             self._keys,
@@ -502,6 +553,7 @@ class Lanes:
             self._max_scheduled,
             int(again),
             ",".join(job.receivers),
+            *counted,
         )
         return Pushed(reply)
 
@@ -648,10 +700,19 @@ class Lanes:
         return self._keys[QUEUE_PARTS.index(part)]
 
 
-def _meta(job: Job) -> tuple[int, str, int | str, str]:
-    """A job's level, principal, deadline in milliseconds and model."""
+def _meta(job: Job) -> tuple[int, str, int | str, str, str, int | str]:
+    """A job's level, principal, deadline in milliseconds and model; then whose limits it counts against, and the most
+    of theirs that may run."""
     deadline = "" if job.expires_at is None else int(job.expires_at * 1000)
-    return MAX_PRIORITY - job.priority, _part(job.principal), deadline, _part(job.request.model)
+    level, model = MAX_PRIORITY - job.priority, _part(job.request.model)
+    return level, _part(job.principal), deadline, model, *_counted(job)
+
+
+def _counted(job: Job) -> tuple[str, int | str]:
+    own = job.counted
+    if own is None or not (own.concurrent or own.queued):
+        return "", ""
+    return _part(own.who), own.concurrent or ""
 
 
 def _part(text: str) -> str:

@@ -83,7 +83,7 @@ class Store:
         )
         self.readers = Readers(self.writes, self.keys)
         self.control = Control(self.writes, self.keys)
-        self.rate_limits = RateLimits(self.writes, self.keys)
+        self.rate_limits = RateLimits(self.writes, self.keys, note_s=settings.unfinished_retention_s)
         self.owned = Owned(self.writes, self.keys, ttl_s=settings.unfinished_retention_s)
         self.api_keys = ApiKeys(self.writes, self._surest, self.keys)
         self.repeats = Repeats(self.writes, self.keys, self.recent)

@@ -135,6 +135,12 @@ class Metrics:
             "llmstream_prompt_tokens_total", "Prompt tokens of finished jobs, as the provider counts them.", ("model",)
         )
         self.jobs = Counter("llmstream_jobs_total", "Jobs accepted by this replica.", ("pool", "lane"))
+        self.rate_limited = Counter(
+            "llmstream_rate_limited_total",
+            "Requests refused because of a limit of their caller: requests, tokens, too_large (more tokens than a "
+            "minute ever allows), queued_jobs, durability (a memory job cannot be counted).",
+            ("reason",),
+        )
         self.attempts = Counter(
             "llmstream_attempts_total",
             "Attempts by how they ended: completed, incomplete, failed, cancelled, retried (another follows here), "

@@ -202,6 +202,19 @@ class Memory:
             return [part for score, member in found for part in (member, _number(score))]
         return [member for _, member in found]
 
+    def _within(self, key: bytes, low: bytes, high: bytes) -> list[bytes]:
+        members = sorted(self._ranking(key))
+        above = [each for each in members if (each >= low[1:] if low[:1] == b"[" else each > low[1:])]
+        return [each for each in above if (each <= high[1:] if high[:1] == b"[" else each < high[1:])]
+
+    def _do_zlexcount(self, key: bytes, low: bytes, high: bytes) -> int:
+        return len(self._within(key, low, high))
+
+    def _do_zrangebylex(
+        self, key: bytes, low: bytes, high: bytes, limit: bytes, start: bytes, count: bytes
+    ) -> list[bytes]:
+        return self._within(key, low, high)[int(start) : int(start) + int(count)]
+
     def _do_zremrangebyscore(self, key: bytes, low: bytes, high: bytes) -> int:
         found = self._between(key, low, high)
         for _, member in found:

@@ -135,6 +135,10 @@ MUTATIONS = {
     ),
     "lapse of a lease": Mutation(lanes._HEARTBEAT, "then taken = taken + requeue(all[i]) end", "then end"),
     "only the lapsed": Mutation(lanes._HEARTBEAT, "if split(all[i + 1])[1] == lapsed then", "if true then"),
+    # limits of a caller
+    "so many at once": Mutation(lanes._CLAIM, "number_of('r', own[7]) >= tonumber(own[8])", "false"),
+    "the next one of the caller's": Mutation(lanes._SETTLE, "unparked = unpark(caller[7])"),
+    "what it used": Mutation(Scheduler._run, "await self._settle(worker)\n        settling", "settling"),
     "comparing claims": Mutation(Scheduler._beat, "await self._reconcile(pool)", "pass"),
     # what is scheduled and paused
     "asleep until its time": Mutation(lanes._PUSH, "local asleep = due > now", "local asleep = false", world=HELD),

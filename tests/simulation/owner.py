@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -17,8 +17,10 @@ from llmstream.duplicates import Identity
 from llmstream.errors import NotFound, StoreUnavailable
 from llmstream.gateway import Gateway, Submission
 from llmstream.providers.echo import EchoProvider
+from llmstream.providers.tokens import Tokenizer, estimated
 from llmstream.routing.retry import Backoff
 from llmstream.routing.router import Router
+from llmstream.scheduler.accounts import Accounts
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store import store as store_module
 from llmstream.store.connection import Connection
@@ -27,7 +29,7 @@ from llmstream.store.presence import Presence
 from llmstream.store.recent import Recent
 from llmstream.store.store import Store
 from llmstream.telemetry.metrics import Metrics
-from llmstream.types import Clock, Job, Lane
+from llmstream.types import Clock, Job, Lane, Principal
 from llmstream.webhooks.dispatcher import Dispatcher
 from llmstream.webhooks.receivers import Receivers
 from llmstream.webhooks.sender import Sender
@@ -51,6 +53,16 @@ SETTINGS = Settings(
 )
 MODELS = {slots: ModelSettings(engine="echo", slots=slots) for slots in (1, 2)}
 RETRY_S = 0.2
+
+
+class _HereAndNow(Tokenizer):
+    """Needs no thread, of which the virtual loop has none."""
+
+    async def count(self, texts: Iterable[str]) -> int:
+        return sum(map(estimated, texts))
+
+
+ACCOUNTS = Accounts({}, _HereAndNow())
 BACKOFF = Backoff(RetrySettings(base_s=0.4, cap_s=10), chance=lambda: 0.5)
 
 
@@ -95,6 +107,7 @@ class Owner:
             deadlines=DEADLINES,
             backoff=BACKOFF,
             clock=lambda: EPOCH + self._loop.time() + self._skew_s,
+            accounts=ACCOUNTS,
         )
         while True:
             try:
@@ -143,8 +156,9 @@ def _nobody_delivers(store: Store, clock: Clock) -> Webhooks:
 class Client:
     """Submits and cancels jobs at a gateway in a process of its own, and repeats what it got no answer to."""
 
-    def __init__(self, loop: VirtualLoop, server: Server) -> None:
+    def __init__(self, loop: VirtualLoop, server: Server, principal: Principal) -> None:
         self._loop = loop
+        self._principal = principal
         self._process = Process("client")
         self._store = store_of(loop, server, self._process)
         self.tasks: list[asyncio.Task[None]] = []
@@ -156,7 +170,14 @@ class Client:
         nothing = Router([])
         clock = self._clock
         idle = Scheduler(
-            self._store, nothing, "client", settings=SCHEDULER, deadlines=DEADLINES, backoff=BACKOFF, clock=clock
+            self._store,
+            nothing,
+            "client",
+            settings=SCHEDULER,
+            deadlines=DEADLINES,
+            backoff=BACKOFF,
+            clock=clock,
+            accounts=ACCOUNTS,
         )
         self._gateway = Gateway(SETTINGS, self._store, Router([EchoProvider(MODEL, MODELS[1])]), idle, clock)
         self._gateway.webhooks = _nobody_delivers(self._store, clock)
@@ -176,6 +197,11 @@ class Client:
     def cancel(self, job_id: str) -> None:
         self.cancelled.add(job_id)
         self._run(self._cancel(job_id))
+
+    @property
+    def who(self) -> str | None:
+        """Whose limits hold; None where nobody's do."""
+        return None if self._principal.metered is None else self._principal.metered.who
 
     @property
     def busy(self) -> bool:
@@ -199,6 +225,7 @@ class Client:
             priority=job.priority,
             deadline_s=None if job.expires_at is None else job.expires_at - EPOCH,
             not_before=job.not_before,
+            principal=self._principal,
         )
         while True:
             try:

@@ -23,8 +23,8 @@ from tests.simulation.schedules import run_chunk
 from tests.simulation.world import FORGETTING, simulate
 
 SEED = int(os.environ.get("SIMULATION_SEED", "0"))
-_TOKEN = re.compile(r"(?<=b')([0-9a-f]{16})+(?=')")
-"""What tells a repeated begin: random on purpose, and only ever compared."""
+_TOKEN = re.compile(r"(?<=b')([0-9a-f]{16})+(?=')|(?<=:took:)[0-9a-f]{16}")
+"""What tells a repeated begin, or that something was taken before: random on purpose, and only ever compared."""
 COUNT = int(os.environ.get("SIMULATION_COUNT", "10000"))
 PARTS = 10
 """Tests that share the schedules, for several cores to take."""

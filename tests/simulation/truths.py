@@ -10,14 +10,15 @@ from llmstream.store.channel import Channel
 from llmstream.store.entry import Entry, decode_entry, encode_payloads
 from llmstream.store.keys import QUEUE_PARTS, Keys
 from llmstream.types import BEGINNING, TERMINAL, Delta, Event, EventId, Finished, Job, Restart, Started
-from tests.replica import tokens
+from tests.replica import MODEL, tokens
 from tests.simulation.memory import Memory
 
-LEFT_EMPTY = ("order", "ages", "meta", "claims", "deadlines", "scheduled", "paused", "hooked")
+LEFT_EMPTY = ("order", "ages", "meta", "claims", "deadlines", "scheduled", "paused", "hooked", "callers", "parked")
 RECEIVER = "audit"
 """Is to hear of every job's end."""
 """Parts of a queue that hold nothing when every job has ended."""
 KEYS = Keys("llmstream")
+CLAIMS = KEYS.queue(MODEL)[QUEUE_PARTS.index("claims")].encode()
 
 
 def record_of(memory: Memory, job_id: str) -> dict[bytes, bytes]:
@@ -50,12 +51,17 @@ class Seen:
         self.faults: list[str] = []
         self.events: dict[str, dict[EventId, object]] = {}
         self._memory = memory
+        self.crowds: list[str] = []
+        """Moments at which more than one job ran."""
 
     def publish(self, channel: Channel, entry: Entry, previous: EventId) -> None:
         """Stands in for the channel's own method."""
         job_id, data = channel.job_id, encode_payloads([event.data for event in entry.events])
         if (KEYS.log(job_id).encode(), str(entry.last).encode(), data) not in self._memory.written:
             self.faults.append(f"job {job_id}: {entry.last} was seen before it was logged")
+        running = self._memory.data.get(CLAIMS, {})
+        if len(running) > 1:
+            self.crowds.append(f"{len(running)} jobs ran at once")
         self.events.setdefault(job_id, {}).update((event.id, event.data) for event in entry.events)
         _publish(channel, entry, previous)
 
@@ -77,6 +83,9 @@ class Limits(NamedTuple):
     """How jobs have ended, as a client was told."""
     forgets: bool
     """Whether the store came back without its last moments while somebody who knew them was away."""
+    who: str | None = None
+    """Whose jobs they are, where only one of theirs may run at once and their tokens are counted. A store that forgets
+    what was taken counts less."""
 
 
 def broken(memory: Memory, seen: Seen, jobs: Sequence[Job], pool: str, limits: Limits) -> Iterator[str]:
@@ -88,6 +97,11 @@ def broken(memory: Memory, seen: Seen, jobs: Sequence[Job], pool: str, limits: L
             yield f"{key!r} has no time to live"
     for key in memory.data.keys() & _left_empty(pool):
         yield f"{key.decode()} still holds {memory.data[key]}"
+    if limits.who is not None:
+        yield from seen.crowds
+        for job in jobs:
+            if (note := memory.data.get(KEYS.noted(limits.who, job.id).encode())) != b"settled":
+                yield f"job {job.id}: what it used is not counted: {note!r}"
     for job in jobs:
         for fault in _broken_job(memory, job, seen.events.get(job.id, {}), limits):
             yield f"job {job.id}: {fault}"

@@ -13,13 +13,14 @@ from unittest.mock import patch
 
 from llmstream.store.channel import Channel
 from llmstream.store.keys import QUEUE_PARTS
-from llmstream.types import GenerateRequest, Job, Lane, QueueRule
+from llmstream.types import CallerLimits, GenerateRequest, Job, Lane, Metered, Principal, QueueRule
 from tests.simulation.loop import OUTSIDE, VirtualLoop
 from tests.simulation.lua import Mutate
 from tests.simulation.network import EPOCH, Executed, Server
 from tests.simulation.owner import MAX_ATTEMPTS, MODEL, Client, Owner
 from tests.simulation.truths import KEYS, Limits, Seen, broken, is_terminal, queue_is_empty, record_of
 
+CALLER = Principal(metered=Metered("a", CallerLimits(tokens_per_minute=1_000_000, concurrent_jobs=1)))
 CHAOS_S = 2.0
 """Until then things may begin to go wrong."""
 MAX_LOST_S = 2.0
@@ -90,7 +91,9 @@ class World:
         """A trouble that each owner has, and the command at which it comes."""
         self._alone = self._forgets and strike is None and self.rng.random() < 0.7
         """Whether nothing else goes wrong, so that everybody is there to write them again in time."""
-        self.client = Client(self.loop, self.server)
+        # By dice of its own, so that a seed stays the schedule that it was.
+        limited = random.Random(f"caller of {seed}").random() < 0.3
+        self.client = Client(self.loop, self.server, CALLER if limited else Principal())
         self.owners: list[Owner] = []
         self.jobs: list[Job] = []
         self.plan: list[str] = []
@@ -132,6 +135,7 @@ class World:
                 self.client.cancelled,
                 self.client.told,
                 forgets=self._forgets and not self._alone,
+                who=None if self._forgets else self.client.who,
             ),
         )
         yield from self._too_early

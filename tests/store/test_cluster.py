@@ -21,7 +21,7 @@ from llmstream.store import breakers, budgets, presence, rate_limits, tail
 from llmstream.store import cluster as cluster_module
 from llmstream.store.readers import Lease
 from llmstream.store.store import Store, open_store
-from llmstream.types import Durability, Event, EventId, Job
+from llmstream.types import Durability, Event, EventId, Job, new_id
 from tests.cluster import ClusterNode, Migration, RealCluster, free_ports, real_cluster
 from tests.conftest import assert_every_key_expires, echo_settings
 from tests.logs import drain, events_of, finished, new_job, open_writer, say, stored, text_of
@@ -84,8 +84,14 @@ async def test_limits_on_a_cluster(cluster: RealCluster) -> None:
 
         rates = [rate_limits.Rate(name, 1, 3600, 3) for name in ("requests", "tokens")]
         for _ in range(3):
-            assert all(found.allowed for found in await one.rate_limits.take("key", *map(rate_limits.Charge, rates)))
-        assert not any(found.allowed for found in await other.rate_limits.take("key", *map(rate_limits.Charge, rates)))
+            taken = await one.rate_limits.take("key", *map(rate_limits.Charge, rates), job_id=new_id())
+            assert taken.allowed
+        refused = await other.rate_limits.take("key", *map(rate_limits.Charge, rates))
+        assert not any(verdict.allowed for verdict in refused.verdicts)
+        await other.rate_limits.give_back(taken)
+        assert (await other.rate_limits.take("key", *map(rate_limits.Charge, rates))).allowed
+        assert taken.job_id is not None
+        await other.rate_limits.settle("key", "tokens", taken.job_id, 1)
 
 
 async def test_many_jobs_over_two_replicas(cluster: RealCluster) -> None:

@@ -16,7 +16,9 @@ from llmstream.access.credentials import issue
 from llmstream.config import StoreSettings
 from llmstream.errors import ConfigError
 from llmstream.scheduler.scheduler import Scheduler
+from llmstream.store.rate_limits import Charge, Rate
 from llmstream.store.store import Store, open_store
+from llmstream.types import Counted, GenerateRequest, Job, new_id
 from tests.conftest import assert_every_key_expires
 from tests.logs import drain, finished, text_of
 from tests.replica import FAST, echo, replica, submit, tokens
@@ -25,6 +27,7 @@ from tests.valkey import Valkey, stores, valkey
 from tests.waiting import wait_until
 
 REDIS = shutil.which("redis-server")
+REQUEST = GenerateRequest.of("chat", "echo", {})
 
 
 def documented_rights(server_has_waitaof: bool) -> list[str]:
@@ -67,6 +70,7 @@ async def run_jobs(url: str) -> None:
         assert (await store.lanes("echo", FAST).standing(job.id)).ahead is None
         assert (await store.lanes("echo", FAST).census()).served == 2
         assert await store.lanes("echo", FAST).recent(5)
+        await limit_a_caller(store)
         assert store.presence.trouble is None
         await hold_back(store, other, scheduler)
 
@@ -84,6 +88,23 @@ async def hold_back(store: Store, other: Store, scheduler: Scheduler) -> None:
     assert (await other.control.read()).rules == scheduler.control.rules.rules
     await scheduler.control.resume_all()
     assert text_of(await drain(other.log.follow(job.id))) == tokens(2)
+
+
+async def limit_a_caller(store: Store) -> None:
+    """Takes from a caller's buckets, and lets one of its jobs wait for another."""
+    taken = await store.rate_limits.take("key", Charge(Rate("tokens", 10, 60.0, 10), 5), job_id="j")
+    await store.rate_limits.settle("key", "tokens", "j", 1)
+    await store.rate_limits.give_back(taken)
+    lanes, one = store.lanes("p", FAST), Counted("key", concurrent=1)
+    jobs = [Job(new_id(), REQUEST, "p", 0.0, counted=one) for _ in range(3)]
+    for job in jobs:
+        await lanes.push(job)
+    found = await lanes.claim("r", 3)
+    assert len(found.ids) == 1
+    assert (await lanes.standing(jobs[2].id)).ahead is not None
+    await lanes.settle(found.ids[0], "r", found.number)
+    for job in jobs:
+        await lanes.remove(job.id)
 
 
 async def add_user(server: Valkey, *, waitaof: bool) -> None:
