@@ -233,6 +233,7 @@ class Gateway:
                 f"This API key has no model {order.meta.model!r}; say one of its models with meta.model.",
                 param="meta.model",
             )
+        await self._scheduler.charges.request(principal.metered)  # what it uses over there nobody tells
         request = await self.filters.masked(await self.filters.redacted(request))
         order = order.saying(request.messages)
         job = Job(order.job_id, request, pool="", created_at=self._clock(), principal=principal.id)

@@ -15,16 +15,17 @@ ANSWER_TOKENS = 1024
 """Longest answer of a request that sets no limit. A longer one is counted when it is over."""
 
 
-def most_tokens(request: GenerateRequest) -> int:
-    """Tokens of the prompt, estimated, and of the longest answer."""
+def most_tokens(request: GenerateRequest, longest: int = ANSWER_TOKENS) -> int:
+    """Tokens of the prompt, estimated, and of the longest answer: ``longest`` where the request sets no limit."""
     if request.kind == "embedding":
-        return sum(_tokens(value) if isinstance(value, str) else len(value) for value in request.inputs)
-    answer = (request.max_tokens or ANSWER_TOKENS) * request.choices
-    return prompt_tokens(request) + answer
+        return prompt_tokens(request)
+    return prompt_tokens(request) + (request.max_tokens or longest) * request.choices
 
 
 def prompt_tokens(request: GenerateRequest) -> int:
-    """Tokens of the prompt, estimated from its size."""
+    """Tokens of the prompt or inputs, estimated from their size."""
+    if request.kind == "embedding":
+        return sum(_tokens(value) if isinstance(value, str) else len(value) for value in request.inputs)
     body = request.body
     told = [body.get("prompt"), body.get("tools"), body.get("response_format")]
     return sum(map(_tokens, [*request.messages, *told]))

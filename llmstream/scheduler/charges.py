@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 
 from llmstream.errors import BadRequest, LLMStreamError, RateLimited
-from llmstream.routing.tokens import ANSWER_TOKENS, prompt_tokens
+from llmstream.routing.tokens import ANSWER_TOKENS, most_tokens
 from llmstream.scheduler.accounts import Accounts
 from llmstream.store.memory import in_memory
 from llmstream.store.rate_limits import Charge, Rate, Taken, Verdict
@@ -137,8 +137,7 @@ def _tokens(limits: CallerLimits) -> Rate | None:
 def _most_tokens(request: GenerateRequest, most: int) -> int:
     """Tokens of the prompt and of the longest answer; one without a limit is taken for 1024 of them, or a quarter of
     the ``most`` that there are where that is less."""
-    answer = min(ANSWER_TOKENS, max(1, most // 4)) if request.max_tokens is None else request.max_tokens
-    return prompt_tokens(request) + answer * request.choices
+    return most_tokens(request, min(ANSWER_TOKENS, max(1, most // 4)))
 
 
 def _limited(verdict: Verdict, charge: Charge) -> LLMStreamError:

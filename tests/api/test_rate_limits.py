@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -42,6 +43,8 @@ ROUTES: Mapping[str, Json] = {
     "/chat_completion": {"messages": [HI]},
     "/v1/generate": {"prompt": "hi"},
     "/v1/chat": {"messages": [HI], "stream": True, "session_id": "s"},
+    "/v1/embeddings": {"model": "echo", "input": "hi"},
+    "/embeddings": {"model": "echo", "texts": ["hi"]},
 }
 LONG = {"tokens": 1000, "delay_ms": 1000}
 
@@ -97,6 +100,20 @@ async def test_requests_a_minute_on_every_route(tmp_path: Path) -> None:
                 assert headers["x-ratelimit-reset-requests"].startswith(("19m", "20m"))
                 assert 1190 < int(headers["X-RateLimit-Reset"]) <= 1200
                 assert len(await server.gateway.recent()) == before
+
+
+async def test_embeddings_cost_their_inputs(tmp_path: Path) -> None:
+    """A batch is charged for its inputs only, and in the end for what the model counted."""
+    async with serving(tmp_path, tokens_per_minute=1000) as server, client(server, secret("alice")) as http:
+        body = {"input": ["one two three"] * 100}
+        code, _, answer = await post(http, "/v1/embeddings", body=body)
+        used: int = json.loads(answer["raw"])["usage"]["total_tokens"]
+        assert (code, used) == (200, 300)
+
+        async def settled() -> bool:
+            return await left(server) == 1000 - used
+
+        await wait_until(settled)
 
 
 async def test_reading_is_free(tmp_path: Path) -> None:

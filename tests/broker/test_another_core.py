@@ -89,6 +89,19 @@ async def test_filters_look_at_what_the_core_gets_and_says(tmp_path: Path, rabbi
         assert (single["content"], conversation["messages"]) == (masked, [turn(masked)])
 
 
+async def test_orders_count_as_requests(tmp_path: Path, rabbit: Queues) -> None:
+    """What another core runs is limited like what runs here."""
+    limits: Json = {"requests_per_minute": 1, "burst_size": 1}
+    async with (
+        only_api(tmp_path, rabbit, partial(echo_settings, rate_limit=limits)) as (server, store),
+        foreign_core(rabbit, store) as core,
+        aiohttp.ClientSession(server.url) as http,
+    ):
+        assert (await post(http, "/generate", content="x"))[0] == 200
+        assert (await post(http, "/generate", content="y"))[0] == 429
+        assert len(core.seen) == 1
+
+
 def turn(text: str) -> Json:
     return {"role": "user", "content": text}
 
