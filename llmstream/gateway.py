@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 from msgspec.structs import replace
 
 from llmstream.access.access import Access, open_access
-from llmstream.broker.messages import Order, answer_of
 from llmstream.cache import Cache
 from llmstream.config import Settings
 from llmstream.config_webhooks import NOTHING_SIGNS
@@ -83,6 +82,7 @@ from llmstream.types import (
 if TYPE_CHECKING:
     from llmstream.broker.core import OtherCore
     from llmstream.broker.inbox import Inbox
+    from llmstream.broker.messages import Order
     from llmstream.webhooks.webhooks import Webhooks
 
 DEFAULT_RETRY_AFTER_S = 1.0
@@ -243,7 +243,7 @@ class Gateway:
                 f"job_id is too long: with the key's name it may have {MAX_ID} characters.", param="job_id"
             )
         try:
-            answer = answer_of(await self.core.ask(replace(order, job_id=job.id), deadline_s))
+            answer = await self.core.ask(replace(order, job_id=job.id), deadline_s)
         except Conflict:
             raise identity.conflict() if identity is not None else Conflict("The order's id is taken.") from None
         return job.id, await self.filters.answered(request, answer) if isinstance(answer, str) else answer

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from llmstream.broker.messages import ORDER, Order, task
+from llmstream.broker.messages import ORDER, Order, answer_of, task
 from llmstream.broker.rabbitmq import RabbitMQ
 from llmstream.config_broker import BrokerSettings
 from llmstream.errors import BrokerUnavailable, Conflict, DeadlineExceeded, Overloaded, StoreUnavailable
 from llmstream.store.results import Results
 from llmstream.store.store import Store
-from llmstream.types import new_id
+from llmstream.types import Failure, new_id
 
 FIRST_LOOK_S, LONGEST_LOOK_S = 0.02, 0.5
 POSTED, REFUSED = "posted", "refused"
@@ -33,8 +33,8 @@ class OtherCore:
         self._results = results
         self._broker = broker
 
-    async def ask(self, order: Order, deadline_s: float | None = None) -> bytes:
-        """The result of an order. One that has a result, or is on its way, is not posted again.
+    async def ask(self, order: Order, deadline_s: float | None = None) -> str | Failure:
+        """What an order came to. One that has a result, or is on its way, is not posted again.
 
         Raises Conflict when the id belongs to another order; BrokerUnavailable, Overloaded and StoreUnavailable, after
         which it may be asked for again; DeadlineExceeded.
@@ -47,7 +47,7 @@ class OtherCore:
         limit_s = min(deadline_s or self._settings.result_timeout_s, self._settings.result_timeout_s)
         try:
             async with asyncio.timeout(limit_s):
-                return await self._result(order)
+                return answer_of(await self._result(order))
         except TimeoutError:
             raise DeadlineExceeded(
                 f"No core stored a result within {limit_s:g} s; check that one reads the queue "

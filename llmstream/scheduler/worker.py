@@ -31,6 +31,7 @@ from llmstream.scheduler.intake import EVENT_BYTES, FilteredWriter, Intake
 from llmstream.store.jobs import Begun, Jobs
 from llmstream.store.log import Log
 from llmstream.store.memory import AnyWriter, Memory
+from llmstream.store.recent import RETRY_S
 from llmstream.store.writer import SUPERSEDED
 from llmstream.telemetry.observer import Attempt, Observer
 from llmstream.telemetry.origin import ORIGIN, Origin
@@ -277,7 +278,7 @@ class Worker:
 
     async def _logged(self) -> Transcript:
         transcript = Transcript(said=True)
-        while entries := await self._log.read(self.job_id, transcript.position):
+        while entries := await self._log.recall(self.job_id, transcript.position):
             for entry in entries:
                 transcript.extend(entry.payloads, entry.last)
         return transcript
@@ -289,7 +290,10 @@ class Worker:
         transcript = Transcript(said=True)
         position = BEGINNING
         while position < begun.entry.last:
-            for entry in await self._log.read(self.job_id, position):
+            entries = await self._log.recall(self.job_id, position)
+            if not entries:  # a store that forgot it gets it back soon
+                await asyncio.sleep(RETRY_S)
+            for entry in entries:
                 position = entry.last
                 for event in entry.events:
                     if event.id < begun.entry.last:
@@ -311,7 +315,7 @@ class Worker:
         """Copies the answer of the job that this one was requeued from, as far as it can be continued."""
         transcript = Transcript(said=True)
         deltas: list[Delta] = []
-        while entries := await self._log.read(old_id, transcript.position):
+        while entries := await self._log.recall(old_id, transcript.position):
             for event in (event for entry in entries for event in entry.events):
                 transcript.add(event)
                 if isinstance(event.data, Restart):

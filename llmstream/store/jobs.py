@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Awaitable
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from llmstream.errors import NotFound, StoreError, StoreUnavailable
+from llmstream.errors import NotFound, StoreUnavailable
 from llmstream.store.connection import Arg
 from llmstream.store.entry import Entry, encode_payloads
+from llmstream.store.insisting import insist
 from llmstream.store.job_scripts import ABANDON, BEGIN, CREATE, DISCARD, END, FINISH, HAND_OVER, JOIN, RESTORE
 from llmstream.store.keys import Keys
 from llmstream.store.pipeline import Command, Script, Sender
 from llmstream.store.presence import Presence
 from llmstream.store.readers import NOBODY, Lease
-from llmstream.store.recent import RETRY_S, Recent, Trail
+from llmstream.store.recent import Recent, Trail
 from llmstream.types import LOCAL, TERMINAL, EventId, Failure, Finished, Job, JobState, Started, Usage
 
 _SESSION_JOBS = 100
@@ -289,24 +291,20 @@ class Jobs:
         outcome = _encode_outcome(finished)
         return [finished.status, data, outcome, self._retention_ms, self._keys.cancel, job_id]
 
-    async def _insist(
+    def _insist(
         self, script: Script, keys: list[str], *args: Arg, sender: Sender | None = None, settled: bool = False
-    ) -> Any:
+    ) -> Awaitable[Any]:
         """Runs a step that may be repeated, again and again while the store is away, for up to ``outage_s``.
 
         A ``settled`` one waits until nothing is missing any more that may still be written again.
         """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._outage_s
-        while True:
-            if settled:
-                await self._presence.recovered()
-            try:
-                return await (sender or self._pipeline).run(script, keys, *args)
-            except StoreUnavailable as error:
-                if isinstance(error, StoreError) or loop.time() >= deadline:
-                    raise
-            await asyncio.sleep(RETRY_S)
+        sender = sender or self._pipeline
+
+        async def run_settled() -> Any:
+            await self._presence.recovered()
+            return await sender.run(script, keys, *args)
+
+        return insist(run_settled if settled else lambda: sender.run(script, keys, *args), self._outage_s)
 
 
 def _encode_outcome(finished: Finished) -> bytes:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from llmstream.store.channel import Channel
 from llmstream.store.entry import Entry, decode_entry
 from llmstream.store.follower import PAGE, Follower, Pages
+from llmstream.store.insisting import insist
 from llmstream.store.jobs import Begun, Ended, Jobs
 from llmstream.store.keys import Keys
 from llmstream.store.pipeline import Sender
@@ -109,6 +110,11 @@ class Log:
         start = "-" if after == BEGINNING else f"({after}"
         raw = await self._reads.call("XRANGE", self._keys.log(job_id), start, "+", "COUNT", limit)
         return [decode_entry(entry_id, fields).after(after) for entry_id, fields in raw]
+
+    async def recall(self, job_id: str, after: EventId) -> list[Entry]:
+        """Like :meth:`read`, for whoever goes on with a job: while the store is away it is asked again, for up to
+        ``outage_s``. Raises StoreUnavailable."""
+        return await insist(lambda: self.read(job_id, after), self._outage_s)
 
     async def end(self, job_id: str) -> EventId:
         """The last event of a log; ``BEGINNING`` while there is none."""

@@ -139,6 +139,8 @@ class Memory:
     async def read(self, job_id: str, after: EventId) -> list[Entry]:
         return await self._log.read(job_id, after)
 
+    recall = read
+
     def note_end(self, job_id: str, ended: Ended) -> None:
         self._log.note_end(job_id, ended)
 

@@ -453,6 +453,18 @@ async def test_a_shutdown_without_the_store_still_hands_over(store: Store, monke
     assert (await store.jobs.get(job.id)).status in ("in_progress", "queued")
 
 
+async def test_a_store_that_fails_as_an_answer_is_read_costs_no_attempt(store: Store) -> None:
+    """Whoever goes on with an answer reads it again when the store was away just then."""
+    job = await submit(store, tokens=LENGTH)
+    await begin(store, job)
+    async with distant(store) as (far, proxy):
+        trap = proxy.trap(b"XRANGE")
+        assert await make_worker(far, job).run() == "done"
+        assert trap.sprung.is_set()
+    log, _ = await ending(store, job)
+    assert (attempts_in(log), text_of(log)) == (2, tokens(LENGTH))
+
+
 async def test_a_fresh_worker_is_not_stalled(store: Store) -> None:
     """A worker that takes over is not blamed for silence before it began, however long reading the history takes."""
     job = await submit(store, tokens=LENGTH)

@@ -93,7 +93,7 @@ async def test_a_hanging_server_costs_one_deadline(store: Store) -> None:
 
 async def test_closing_leaves_nobody_waiting(store: Store) -> None:
     """Closing while the server is too slow answers every caller, sent or not; later ones are refused at once."""
-    async with distant(store, timeout_s=0.4) as (far, proxy):
+    async with distant(store, timeout_s=1.0) as (far, proxy):
         (node,) = far.nodes
         await far.writes.call("PING")
         first, second = (proxy.trap(needle, hold=True) for needle in (b"first", b"second"))
