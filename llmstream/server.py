@@ -14,7 +14,8 @@ from llmstream.api.app import create_app
 from llmstream.api.protocol import Runner
 from llmstream.config import Settings
 from llmstream.errors import ConfigError
-from llmstream.gateway import Gateway, open_gateway
+from llmstream.gateway import Gateway
+from llmstream.opening import open_gateway
 from llmstream.providers.build import PullProgress
 
 BACKLOG = 4096

@@ -33,7 +33,8 @@ from llmstream.api.observing import observed, on_prepare
 from llmstream.api.pings import Pings
 from llmstream.api.presence import PRESENCE, Presence
 from llmstream.config import Settings
-from llmstream.gateway import Gateway, open_gateway
+from llmstream.gateway import Gateway
+from llmstream.opening import open_gateway
 
 
 def create_app(settings: Settings, *, gateway: Gateway | None = None) -> web.Application:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from llmstream.acceptance import Submission
 from llmstream.api.access import PRINCIPAL, TOKEN, caller, needs
 from llmstream.api.asking import default_model, next_turn, session_of
 from llmstream.api.body import read_json, validate
@@ -17,7 +18,7 @@ from llmstream.api.schemas import ChatBody, chat_request, named_webhook
 from llmstream.api.sse import Waiting, position, serve
 from llmstream.duplicates import Identity
 from llmstream.errors import NotFound
-from llmstream.gateway import Gateway, Submission
+from llmstream.gateway import Gateway
 from llmstream.report import job_body
 from llmstream.store.lanes import Standing
 from llmstream.types import GenerateRequest, Job, JobState, new_id

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from llmstream.acceptance import Submission
 from llmstream.api.access import PRINCIPAL, caller, needs
 from llmstream.api.asking import CACHED, Asked, default_model, reuse
 from llmstream.api.body import read_json, validate
@@ -18,7 +19,6 @@ from llmstream.api.render import embedding_list, embedding_result
 from llmstream.api.schemas import EXTENSIONS, named_webhook
 from llmstream.api.whole import failed, read_whole
 from llmstream.errors import NotFound, error_body
-from llmstream.gateway import Submission
 from llmstream.transcript import Transcript
 from llmstream.types import GenerateRequest, Job
 

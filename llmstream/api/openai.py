@@ -9,6 +9,7 @@ from urllib.parse import quote
 import msgspec
 from aiohttp import web
 
+from llmstream.acceptance import Submission
 from llmstream.api.access import PRINCIPAL, caller, needs
 from llmstream.api.asking import CACHED, Asked, next_turn, reuse, session_of
 from llmstream.api.body import read_json, validate
@@ -19,7 +20,7 @@ from llmstream.api.schemas import ChatCompletionBody, named_webhook, openai_requ
 from llmstream.api.sse import position, serve
 from llmstream.api.whole import failed, read_whole
 from llmstream.errors import BadRequest, ModelNotFound, NotFound
-from llmstream.gateway import Gateway, Submission
+from llmstream.gateway import Gateway
 from llmstream.store.follower import Follower
 from llmstream.types import BEGINNING, EventId, Job, ModelInfo
 

@@ -11,7 +11,7 @@ import pytest
 
 from llmstream.config import SchedulerSettings, Settings
 from llmstream.errors import Overloaded
-from llmstream.gateway import open_gateway
+from llmstream.opening import open_gateway
 from llmstream.scheduler import scheduler as scheduler_module
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store import lanes as lanes_module

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from llmstream.gateway import Gateway
+from llmstream.acceptance import Acceptance
 from llmstream.scheduler.control import QueueControl
 from llmstream.scheduler.scheduler import Scheduler
 from llmstream.store import job_scripts, lane_control, lanes
@@ -156,7 +156,7 @@ MUTATIONS = {
         lanes._REMOVE, "if waited == 0 and ARGV[3] ~= '' then", "if false then"
     ),
     "telling of a restored job": Mutation(
-        Gateway._accept_again, "created.status in TERMINAL and job.receivers", "False", world=FORGETS
+        Acceptance._accept_again, "created.status in TERMINAL and job.receivers", "False", world=FORGETS
     ),
     "telling of a reclaimed job": Mutation(
         lanes._RECLAIM,
@@ -184,7 +184,7 @@ MUTATIONS = {
         world=FORGETS,
     ),
     "submitting again": Mutation(
-        Gateway._enqueue,
+        Acceptance._enqueue,
         "self._store.recent.remember(lambda: self._accept_again(job, expected, unread_s), created.size)",
         "pass",
         world=FORGETS,

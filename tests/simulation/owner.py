@@ -11,11 +11,12 @@ from unittest.mock import patch
 
 from pydantic import SecretStr
 
+from llmstream.acceptance import Submission
 from llmstream.config import DeadlineSettings, ModelSettings, RetrySettings, SchedulerSettings, Settings, StoreSettings
 from llmstream.config_webhooks import ReceiverSettings
 from llmstream.duplicates import Identity
 from llmstream.errors import NotFound, StoreUnavailable
-from llmstream.gateway import Gateway, Submission
+from llmstream.gateway import Gateway
 from llmstream.providers.echo import EchoProvider
 from llmstream.providers.tokens import Tokenizer, estimated
 from llmstream.routing.retry import Backoff
@@ -180,7 +181,7 @@ class Client:
             accounts=ACCOUNTS,
         )
         self._gateway = Gateway(SETTINGS, self._store, Router([EchoProvider(MODEL, MODELS[1])]), idle, clock)
-        self._gateway.webhooks = _nobody_delivers(self._store, clock)
+        self._gateway.acceptance.webhooks = _nobody_delivers(self._store, clock)
 
     def _clock(self) -> float:
         return EPOCH + self._loop.time()

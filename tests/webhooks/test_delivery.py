@@ -15,7 +15,8 @@ import pytest
 from aiohttp import web
 
 from llmstream.config import Settings
-from llmstream.gateway import Gateway, open_gateway
+from llmstream.gateway import Gateway
+from llmstream.opening import open_gateway
 from llmstream.server import Server
 from llmstream.types import GenerateRequest, Webhook
 from llmstream.webhooks import dispatcher
