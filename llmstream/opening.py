@@ -52,9 +52,7 @@ async def open_gateway(
             await provider.open()
         limits = {name: limits_of(provider) for name, provider in settings.providers.items()}
         router = Router(providers, settings.routes, limits={name: each for name, each in limits.items() if any(each)})
-        tokenizer = Tokenizer()
-        if settings.providers:  # what runs here counts by itself
-            await tokenizer.open()
+        tokenizer = Tokenizer(exact=bool(settings.providers))  # what runs here counts by itself
         accounts = Accounts(settings.prices, tokenizer)
         tracing = await stack.enter_async_context(open_tracing(settings.telemetry, replica, settings.server.name))
         observer = Observer([model.name for model in router.models], tracing)

@@ -6,6 +6,7 @@ It is OpenAI's vocabulary ``o200k_base`` or a rule of thumb, and so not quite th
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any, Final
@@ -29,29 +30,31 @@ def estimated(text: str) -> int:
 class Tokenizer:
     """Counts tokens off the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, exact: bool = False) -> None:
+        """``exact``: by the vocabulary, if its package is installed. It is loaded when somebody first needs it, which
+        takes a moment and 140 MB."""
+        self._exact = exact and find_spec(_PACKAGE) is not None
         self._encoding: Any = None
-
-    async def open(self) -> None:
-        """Loads the vocabulary, which takes a moment and 140 MB; without the package there is nothing to load."""
-        if find_spec(_PACKAGE):
-            self._encoding = await asyncio.to_thread(_load)
+        self._loading = threading.Lock()
 
     async def count(self, texts: Iterable[str]) -> int:
         """The tokens of some texts together."""
         return await asyncio.to_thread(lambda: sum(map(self._count, texts)))
 
     def _count(self, text: str) -> int:
-        if self._encoding is None:
+        if not self._exact:
             return estimated(text)
+        encoding = self._loaded()
         slices = (text[start : start + _SLICE] for start in range(0, len(text), _SLICE))
-        return sum(len(self._encoding.encode_ordinary(piece)) for piece in slices)
+        return sum(len(encoding.encode_ordinary(piece)) for piece in slices)
 
+    def _loaded(self) -> Any:
+        with self._loading:
+            if self._encoding is None:
+                import bpe_openai
 
-def _load() -> Any:
-    import bpe_openai
-
-    return bpe_openai.get_encoding("o200k_base")
+                self._encoding = bpe_openai.get_encoding("o200k_base")
+            return self._encoding
 
 
 def asked(request: GenerateRequest) -> tuple[list[str], int]:

@@ -40,13 +40,15 @@ async def test_every_metric_is_there_from_the_start(http: aiohttp.ClientSession)
 
 async def test_requests_jobs_tokens_and_times_are_counted(http: aiohttp.ClientSession) -> None:
     """Three answers, streamed and whole, move exactly the figures that they should, by exactly their numbers."""
-    for count, stream, priority in ((17, True, 10), (4, False, 0), (1, True, 0)):
-        await ask(http, count, stream=stream, priority=priority)
+    for count, stream, priority in ((17, True, 10), (1, True, 0), (4, False, 0)):
+        answer = await ask(http, count, stream=stream, priority=priority)
+    prompt = json.loads(answer)["usage"]["prompt_tokens"]
     found = await scrape(http)
     here = {"method": "POST", "endpoint": CHAT}
     assert found.value("http_requests_total", **here, status="200") == 3
     assert found.value("http_request_duration_seconds_count", **here) == 3
     assert found.value("tokens_generated_total", model="echo") == 22
+    assert found.value("llmstream_prompt_tokens_total", model="echo") == 3 * prompt
     assert found.value("llmstream_jobs_total", pool="echo", lane="high") == 1
     assert found.value("llmstream_jobs_total", pool="echo", lane="default") == 2
     assert found.value("llmstream_queue_wait_seconds_count", pool="echo", lane="high") == 1
@@ -104,6 +106,17 @@ async def test_what_runs_and_waits_is_shown(tmp_path: Path) -> None:
         for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
             assert sum(known == name for known, _ in found.samples) == 1, "gateways expect one series"
         assert found.value("llmstream_store_up") == 1
+        await submit(http, durability="memory", **stuck)
+        assert (await scrape(http)).value("llmstream_memory_jobs_waiting", pool="echo") == 1
+
+
+async def test_the_lag_of_the_event_loop_is_measured(http: aiohttp.ClientSession) -> None:
+    """Every heartbeat looks how late it is."""
+
+    async def measured() -> bool:
+        return (await scrape(http)).value("llmstream_event_loop_lag_seconds_count") > 0
+
+    await wait_until(measured)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,9 @@ TABLE = {
 }
 
 
-async def counting() -> Tokenizer:
+def counting() -> Tokenizer:
     """A tokenizer with its vocabulary."""
-    tokenizer = Tokenizer()
-    await tokenizer.open()
-    return tokenizer
+    return Tokenizer(exact=True)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +62,7 @@ async def test_tokens_are_counted_where_nobody_tells() -> None:
         Delta(fields={"reasoning_content": "because"}),
         Delta(fields={"tool_calls": [{"index": 0, "id": "call_1", "function": {"name": "f", "arguments": "{}"}}]}),
     ]
-    usage = await Accounts({}, await counting()).counted(
+    usage = await Accounts({}, counting()).counted(
         request(
             [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
         ),
@@ -80,7 +78,7 @@ async def test_the_rule_of_thumb(monkeypatch: pytest.MonkeyPatch, text: str, cou
     """Without the package four bytes are a token, and nothing has to be loaded."""
     monkeypatch.setattr(tokens, "find_spec", lambda name: None)
     assert estimated(text) == count
-    assert await (await counting()).count([text]) == count
+    assert await (counting()).count([text]) == count
 
 
 async def test_data_is_not_counted_as_text() -> None:
@@ -109,7 +107,7 @@ async def test_counting_is_done_beside_the_event_loop() -> None:
             return [0] * len(text)
 
     tokenizer = Tokenizer()
-    tokenizer._encoding = Encoding()
+    tokenizer._exact, tokenizer._encoding = True, Encoding()
     assert await tokenizer.count(["x" * 9000, "y"]) == 9001
     assert threading.get_ident() not in threads
     assert max(lengths) <= 4000

@@ -121,6 +121,17 @@ async def test_every_route_that_makes_a_job_takes_it(tmp_path: Path, receiver: R
         assert vectors == set(made[-4:])
 
 
+async def test_what_is_to_be_delivered_is_shown(tmp_path: Path) -> None:
+    """An event whose receiver cannot be reached waits for its next try, and the gauge says so."""
+    async with serving(hook_settings(tmp_path)) as (_, http):
+        await submit(http, webhook="http://127.0.0.1:9/")
+
+        async def shown() -> bool:
+            return (await scrape(http)).value("llmstream_webhooks_waiting") == 1
+
+        await wait_until(shown)
+
+
 async def test_nobody_waits_for_the_next_look(
     tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
