@@ -161,8 +161,9 @@ def variants(document: Document, operation: Documented) -> Iterator[tuple[Json, 
         yield document.resolved(each), fitting[0]
 
 
-async def test_what_is_documented_is_checked(http: aiohttp.ClientSession, document: Document) -> None:
+async def test_what_is_documented_is_checked(server: Server, http: aiohttp.ClientSession, document: Document) -> None:
     """A field of a body, or a parameter, with a value that its schema does not allow is refused by its name."""
+    await prepare(server, http)
     wrong: list[str] = []
 
     async def refused(operation: Documented, name: str, **more: Any) -> None:
