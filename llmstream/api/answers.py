@@ -10,6 +10,8 @@ from typing_extensions import TypedDict  # pydantic cannot read that of Python 3
 from llmstream.types import Lane, Mode, Status
 
 OPEN = ConfigDict(extra="allow")
+"""For answers with members of others. Pydantic reads it off a TypedDict, of which mypy knows no attributes: hence the
+``type: ignore`` at each use."""
 
 
 class Error(TypedDict):

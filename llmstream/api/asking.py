@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from aiohttp import web
 
@@ -68,9 +68,8 @@ async def ask(
     gateway = request.app[GATEWAY]
     known = identity(request, fields.job_id, body)
     generate = await gateway.filters.redacted(generate)
-    fresh = fields.scheduled or fields.webhook is not None  # of a cached answer nobody would be told
-    if cacheable and session is None and not fresh:
-        there, known = await reuse(request, generate, known, fields.durability)
+    if cacheable and session is None:
+        there, generate, known = await reuse(request, generate, known, fields)
         if there is not None:
             return there
 
@@ -185,27 +184,43 @@ def session_of(
     return None
 
 
+class Wishes(Protocol):
+    """What decides whether an answer that is there already will do."""
+
+    @property
+    def durability(self) -> Durability | None: ...
+    @property
+    def webhook(self) -> object: ...
+    @property
+    def scheduled(self) -> bool: ...
+
+
 async def reuse(
-    request: web.Request, generate: GenerateRequest, known: Identity | None, durability: Durability | None
-) -> tuple[Asked | None, Identity | None]:
-    """An answer that is there already, or else by what the request has to be known so that equal ones find it.
+    request: web.Request, generate: GenerateRequest, known: Identity | None, wishes: Wishes
+) -> tuple[Asked | None, GenerateRequest, Identity | None]:
+    """An answer that is there already, or else the request as it is kept, and by what it has to be known so that equal
+    ones find it. One that is to begin later wants a new answer, and so does one with a webhook: of a cached answer
+    nobody would be told.
 
     A request with a name of its own goes its own way; so does one that says ``Cache-Control: no-store``, while
     ``no-cache`` wants a new answer to be kept in place of an old one.
     """
+    if wishes.scheduled or wishes.webhook is not None:
+        return None, generate, known
     gateway, principal = request.app[GATEWAY], principal_of(request)
-    settings = gateway.settings.cache
+    settings, durability = gateway.settings.cache, wishes.durability
+    generate = await gateway.filters.redacted(generate)
     said = {word.strip().lower() for word in request.headers.get("Cache-Control", "").split(",")}
     kept = (durability or gateway.settings.store.durability) != "memory" and NO_STORE not in said
     if not kept or not settings.enabled or not principal.may_use(generate.model):
-        return None, known
+        return None, generate, known
     if known is not None and _has_a_name(known, settings.share_in_flight):
-        return None, known
+        return None, generate, known
     found = await gateway.cache.look(generate, principal, refresh=NO_CACHE in said)
     if found.hit is not None:
         await gateway.count_request(principal)
-        return Asked(found.hit.job, gateway.read(found.hit.job), cached=True), known
-    return None, (known or Identity(""))._replace(reserved=found.reserved)
+        return Asked(found.hit.job, gateway.read(found.hit.job), cached=True), generate, known
+    return None, generate, (known or Identity(""))._replace(reserved=found.reserved)
 
 
 def _has_a_name(known: Identity, share: bool) -> bool:

@@ -81,10 +81,8 @@ async def _answer(request: web.Request, schema: EmbeddingBody, body: dict[str, A
     gateway = request.app[GATEWAY]
     asked, known = _wanted(request, schema, body, raw), identity(request, schema.job_id, body)
     there: Asked | None = None
-    fresh = schema.scheduled or schema.webhook is not None  # of a cached answer nobody would be told
-    if gateway.settings.cache.covers_all and not fresh:
-        asked = await gateway.filters.redacted(asked)
-        there, known = await reuse(request, asked, known, schema.durability)
+    if gateway.settings.cache.covers_all:
+        there, asked, known = await reuse(request, asked, known, schema)
     if there is None:
         policy = schema.on_disconnect or gateway.settings.disconnect.streams
         said = _said(request, schema, policy)

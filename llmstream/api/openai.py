@@ -43,11 +43,8 @@ async def answer(request: web.Request, body: dict[str, Any], raw: bytes) -> web.
     disconnect = gateway.settings.disconnect
     generate, known = openai_request("chat", schema, body, raw), identity(request, schema.job_id, body)
     there: Asked | None = None
-    generate = await gateway.filters.redacted(generate)
-    # Of a cached answer nobody would be told.
-    fresh = schema.scheduled or schema.webhook is not None
-    if gateway.settings.cache.covers_all and schema.session_id is None and not fresh:
-        there, known = await reuse(request, generate, known, schema.durability)
+    if gateway.settings.cache.covers_all and schema.session_id is None:
+        there, generate, known = await reuse(request, generate, known, schema)
     session = session_of(request, schema.session_id, schema.history, schema.multitask)
     submission = Submission(
         principal=request.get(PRINCIPAL),
